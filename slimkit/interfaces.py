@@ -1,0 +1,194 @@
+"""What a plugin implements. Plugins see tensors; slimkit owns the model, the loop and the files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.grid import Grid
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+__all__ = [
+    "Backend",
+    "Criterion",
+    "Deployable",
+    "DistillationLoss",
+    "Grid",
+    "Layer",
+    "Quantizer",
+    "Scheme",
+]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of one layer, as a criterion sees them.
+
+    Args:
+        name: dotted path of the weight in the model, such as ``layer1.0.conv1.weight``.
+        weight: shape (out, in / groups, *kernel), or (out, in) of a linear layer; detached.
+        gradient: loss gradient of the weight, same shape, of one batch; given if needed.
+        norm_scale: gamma of the batch-norm that follows, shape (out,); given if needed and present.
+    """
+
+    name: str
+    weight: Tensor
+    gradient: Tensor | None = None
+    norm_scale: Tensor | None = None
+
+
+class Criterion(ABC):
+    """Scores weights by importance; slimkit removes what scores least.
+
+    Options are keyword-only arguments of the constructor, typed and with defaults.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Which optional fields of `Layer` must be filled: ``gradient``, ``norm_scale``.
+
+    A criterion that needs gradients is scored once a batch and the scores are averaged.
+    """
+
+    @abstractmethod
+    def score(self, layer: Layer) -> Tensor:
+        """Importance of each weight, in any unit, at least 0; small is removed first.
+
+        Must broadcast to ``layer.weight``; (out, 1, 1, 1) scores output channels. slimkit sums the
+        scores over each channel and over all layers that are coupled to it. Must not change the
+        layer and must give the same scores for the same tensors.
+        """
+
+
+class Quantizer(nn.Module, ABC):
+    """Chooses the range of one tensor and rounds to it.
+
+    A subclass keeps what it has seen in buffers, so that ranges are saved with the model. Further
+    options are keyword-only arguments of its constructor, typed and with defaults.
+
+    Args:
+        grid: the integers to round to; ``grid.channels`` is the number of scales.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    @abstractmethod
+    def observe(self, x: Tensor) -> None:
+        """Take one tensor of any shape into account (per channel: along ``grid.axis``)."""
+
+    @abstractmethod
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32, positive) and zero point (int32), each of shape (channels,)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x`: equals ``grid.dequantize(grid.quantize(x))`` with `qparams`."""
+        return self.grid.fake_quantize(x, *self.qparams())
+
+
+class DistillationLoss(nn.Module):
+    """Measures how far the student is from the teacher."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """A scalar, at least 0, averaged over the batch (dimension 0).
+
+        Gradients must reach `student`; `teacher` arrives detached.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The integer arithmetic of a backend: slimkit puts fake-quantizers exactly there.
+
+    Args:
+        activations: grid of activations.
+        weights: grid of weights.
+        operations: names of the operations that compute on integers, as torch.nn.functional or
+            Tensor calls them: ``conv2d``, ``linear``, ``add``, ``mul``, ``cat``, ``mean`` ...
+        placement: ``inputs``: every input of such an operation is rounded in front of it and its
+            output is float. ``tensors``: every tensor that enters or leaves one is rounded once,
+            where it is made, and later readers share it.
+        keeps: operations that pass integers on unchanged (max pooling, reshapes); only with
+            ``tensors``.
+        fuses: operations that the runtime merges into the integer operation in front of them
+            (relu); rounding then happens behind them.
+        bias_bits: 32 where the bias is an integer too, of scale input * weight; None where float.
+    """
+
+    activations: Grid
+    weights: Grid
+    operations: frozenset[str]
+    placement: Literal["inputs", "tensors"] = "inputs"
+    keeps: frozenset[str] = frozenset()
+    fuses: frozenset[str] = frozenset()
+    bias_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """A finished model, as a backend sees it.
+
+    Args:
+        program: the eval-mode model as a flat ATen graph. Batch-norm is folded. Where it is
+            quantized, activations pass through a pair of
+            ``quantized_decomposed.quantize_per_tensor`` and ``dequantize_per_tensor`` and each
+            integer weight is a constant behind ``dequantize_per_channel`` or
+            ``dequantize_per_tensor`` (int8, and int32 for an integer bias).
+        example_inputs: what the program was traced with; shapes are fixed.
+        quantized: whether it holds any integer operation.
+    """
+
+    program: ExportedProgram
+    example_inputs: tuple[Tensor, ...]
+    quantized: bool
+
+
+Runner = Callable[..., Sequence[Tensor]]
+"""Takes the model's input tensors, gives its output tensors flattened in order (CPU tensors)."""
+
+
+class Backend(ABC):
+    """Compiles a finished model into files and runs them; slimkit measures.
+
+    Options are keyword-only arguments of the constructor, typed and with defaults.
+    """
+
+    scheme: ClassVar[Scheme]
+    """What it can compute in integers."""
+
+    def check(self, deployable: Deployable) -> list[str]:  # noqa: ARG002  (the default knows none)
+        """What stands in the way, one sentence each; empty if `compile` will work."""
+        return []
+
+    @abstractmethod
+    def compile(self, deployable: Deployable, directory: Path) -> None:
+        """Write the device's files, and nothing else, into the existing empty `directory`."""
+
+    @abstractmethod
+    def load(self, directory: Path, threads: int = 1) -> Runner:
+        """Open the files of `directory` for inference on `threads` threads.
+
+        The directory may be gone once this returns: read what you need.
+        """
+
+    def operators(self, directory: Path) -> dict[str, int]:  # noqa: ARG002
+        """How many operators of each type the runtime executes, as it names them.
+
+        Integer ones carry ``int8`` or start with ``QLinear``, ``QGemm`` or ``MatMulInteger``.
+        """
+        return {}
+
+
+def tensors_of(value: object) -> list[Tensor]:
+    """All tensors in a nested output of tuples, lists and dicts, in order."""
+    leaves = torch.utils._pytree.tree_leaves(value)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
