@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 
 class SlimkitError(Exception):
     """Bad input: the message names the thing, the place and the way out.
@@ -12,8 +15,28 @@ class SlimkitError(Exception):
     exit_code = 2
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a recipe.
+
+    Args:
+        path: where, such as ``prune.target.flops``; empty for the whole file.
+        message: what is wrong there, and the way out.
+    """
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
 class RecipeError(SlimkitError):
     """A recipe cannot be used; the message lists every problem with its path."""
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__("\n  ".join([message, *map(str, problems)]))
+        self.problems = tuple(problems)
 
 
 class PluginError(SlimkitError):
@@ -40,3 +63,20 @@ class GateError(SlimkitError):
     """The deployed files work but miss a gate of the recipe."""
 
     exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The way out of a misspelling, to end a message with.
+
+    >>> did_you_mean("tayler", ["l1", "taylor"])
+    "; did you mean 'taylor'?"
+    >>> did_you_mean("wanda", ["l1", "taylor"])
+    '; there are: l1, taylor'
+    """
+    from difflib import get_close_matches
+
+    spelled = {name.lower(): name for name in known}
+    near = get_close_matches(word.lower(), spelled, n=1)
+    if near:
+        return f"; did you mean {spelled[near[0]]!r}?"
+    return f"; there are: {', '.join(spelled.values())}" if 0 < len(spelled) <= 12 else ""

@@ -89,16 +89,18 @@ class Grid:
         """Round `x` to the grid and back, with a straight-through gradient.
 
         The gradient with respect to `x` is 1 where `x` is inside the grid's range and 0 where it
-        is clipped (Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
+        is clipped (Bengio et al. 2013, https://arxiv.org/abs/1308.3432). Computed in float32
+        whatever the precision of `x`, which the result has too.
         """
-        scale, zero_point = scale.to(x.dtype), zero_point.to(x.dtype)
+        given = x.dtype
+        x, zero_point = x.float(), zero_point.float()
         exact = self.dequantize(self.quantize(x, scale, zero_point), scale, zero_point)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return exact
+        if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+            return exact.to(given)
         lo = self._spread((self.qmin - zero_point) * scale, x)
         hi = self._spread((self.qmax - zero_point) * scale, x)
         clipped = torch.minimum(torch.maximum(x, lo), hi)
-        return clipped + (exact - clipped).detach()
+        return (clipped + (exact - clipped).detach()).to(given)
 
     def _spread(self, per_scale: Tensor, x: Tensor) -> Tensor:
         """Reshape one value per scale so that it broadcasts against `x`."""

@@ -1,0 +1,5 @@
+"""Runs the command line with ``python -m slimkit``."""
+
+from slimkit.cli.main import main
+
+main()

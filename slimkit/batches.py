@@ -1,0 +1,74 @@
+"""Takes the model's inputs out of a batch, with or without labels beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.calls import map_tensors
+from slimkit.errors import SlimkitError
+
+
+def inputs_of(batch: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
+    """The positional arguments of `model` in `batch`, moved to the model's device.
+
+    A tensor is the input; of a tuple or list the first element is (itself a tensor, or a tuple of
+    several inputs), the rest are labels; a mapping is passed whole.
+
+    Raises:
+        SlimkitError: the batch is something else, or holds no tensor.
+    """
+    first = batch
+    if isinstance(batch, list | tuple) and batch:
+        first = batch[0]
+    inputs: tuple[Any, ...]
+    if isinstance(first, Tensor | Mapping):
+        inputs = (first,)
+    elif isinstance(first, list | tuple) and first:
+        inputs = tuple(first)
+    else:
+        raise SlimkitError(
+            f"a batch must be a tensor, (inputs, labels) or a dict of tensors, "
+            f"not {type(batch).__name__}"
+        )
+    parameter = next(model.parameters(), None) if model is not None else None
+    if parameter is None:
+        return inputs
+    return tuple(map_tensors(lambda t: t.to(parameter.device), x) for x in inputs)
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """A tuple of positional arguments from a tensor or a tuple.
+
+    Raises:
+        SlimkitError: it is neither.
+    """
+    if isinstance(example_inputs, Tensor | Mapping):
+        return (example_inputs,)
+    if isinstance(example_inputs, list | tuple) and example_inputs:
+        return tuple(example_inputs)
+    raise SlimkitError(
+        f"example_inputs must be a tensor or a tuple of them, not {type(example_inputs).__name__}"
+    )
+
+
+def first_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs with a batch of one, as a device sees them."""
+    return tuple(map_tensors(lambda t: t[:1].clone() if t.dim() else t, x) for x in inputs)
+
+
+def finite(inputs: tuple[Any, ...]) -> bool:
+    """Whether every floating-point tensor in `inputs` is free of NaN and infinity."""
+    bad: list[Tensor] = []
+
+    def look(t: Tensor) -> Tensor:
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            bad.append(t)
+        return t
+
+    for x in inputs:
+        map_tensors(look, x)
+    return not bad

@@ -1,0 +1,42 @@
+"""What ships in the box, registered through the same hooks as a stranger's package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from slimkit.hookspecs import Plugin, hookimpl
+
+
+@hookimpl
+def slimkit_criteria() -> Iterator[Plugin]:
+    """Pruning criteria."""
+    here = "slimkit.builtin.criteria"
+    yield Plugin("l1", f"{here}.magnitude:L1", "Sum of absolute weights")
+    yield Plugin("l2", f"{here}.magnitude:L2", "Sum of squared weights")
+    yield Plugin("random", f"{here}.random:Random", "Random scores, the baseline to beat")
+    yield Plugin("taylor", f"{here}.taylor:Taylor", "First-order change of the loss")
+
+
+@hookimpl
+def slimkit_quantizers() -> Iterator[Plugin]:
+    """Quantizers."""
+    here = "slimkit.builtin.quantizers"
+    yield Plugin("minmax", f"{here}.minmax:MinMax", "Everything that was observed")
+    yield Plugin("percentile", f"{here}.percentile:Percentile", "All but the rarest values")
+
+
+@hookimpl
+def slimkit_losses() -> Iterator[Plugin]:
+    """Distillation losses."""
+    here = "slimkit.builtin.losses"
+    yield Plugin("kl", f"{here}.kl:KL", "Divergence of class probabilities")
+    yield Plugin("feature-mse", f"{here}.feature_mse:FeatureMSE", "Squared distance of features")
+
+
+@hookimpl
+def slimkit_backends() -> Iterator[Plugin]:
+    """Hardware backends."""
+    here = "slimkit.builtin.backends"
+    yield Plugin("torch", f"{here}.reference:Reference", "The exported program, run by PyTorch")
+    yield Plugin("onnxruntime", f"{here}.onnxruntime:OnnxRuntime", "ONNX file for ONNX Runtime")
+    yield Plugin("ncnn", f"{here}.ncnn:Ncnn", "ncnn files for phones and ARM boards")

@@ -1,0 +1,1 @@
+"""Hardware backends: where the finished model runs."""

@@ -1,0 +1,208 @@
+"""Rewrites of a quantized ONNX graph after which ONNX Runtime keeps every integer an integer.
+
+A quantized tensor is written in ONNX as QuantizeLinear, DequantizeLinear. ONNX Runtime replaces
+DequantizeLinear, operator, QuantizeLinear by an integer operator where it knows one. Each function
+here removes one reason for which it would not, and changes no result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+# operators that only move elements of their first input, and that ONNX Runtime runs on uint8
+MOVES = frozenset(
+    {"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split"}
+    | {"Gather", "Resize", "Pad", "Expand", "Identity"}
+)
+
+
+def keep_integers_(model: ir.Model) -> None:
+    """Apply all rewrites of this file to `model`, then drop what is no longer used."""
+    graph = model.graph
+    clip_on_integers_(graph)
+    pool_globally_(graph)
+    move_integers_(graph)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def clip_on_integers_(graph: ir.Graph) -> None:
+    """Turn ``x -> Relu or Clip -> Q`` into ``x -> Q -> Clip of the integers``, or leave out Clip.
+
+    Rounding is monotone, so both give the same integers, and the operator in front of the
+    activation is then directly in front of Q. ONNX Runtime itself only drops an activation whose
+    bounds are exactly the ends of the integer range. Where x was just dequantized from another
+    grid nothing is moved: ONNX Runtime would merge the two roundings into one.
+    """
+    for q in list(graph):
+        value = q.inputs[0] if q.op_type == "QuantizeLinear" else None
+        activation = value.producer() if value is not None else None
+        if activation is None or activation.op_type not in ("Relu", "Clip") or not _per_tensor(q):
+            continue
+        bounds, dq = _bounds(activation), _dequantize(activation.inputs[0])
+        if bounds is None or (dq is not None and not _same_grid(q, dq)):
+            continue
+        q.replace_input_with(0, activation.inputs[0])
+        low, high = (_rounded(q, bound) for bound in bounds)
+        limits = np.iinfo(low.dtype)
+        if low > limits.min or high < limits.max:
+            old = q.outputs[0]
+            clip = _insert_after(graph, q, "Clip", [old, _const(graph, low), _const(graph, high)])
+            _replace_uses(old, clip.outputs[0], but=clip)
+
+
+def pool_globally_(graph: ir.Graph) -> None:
+    """Turn ``DQ -> ReduceMean over all pixels -> Q`` into GlobalAveragePool, which has integers."""
+    for mean in list(graph):
+        if mean.op_type != "ReduceMean" or len(mean.inputs) < 2:
+            continue
+        x, axes = mean.inputs[0], _array(mean.inputs[1])
+        if x is None or axes is None or x.shape is None or _dequantize(x) is None:
+            continue
+        rank = len(x.shape)
+        users = [use.node for use in mean.outputs[0].uses()]
+        if rank < 3 or sorted(int(a) % rank for a in axes) != list(range(2, rank)):
+            continue
+        if not users or any(u.op_type != "QuantizeLinear" for u in users):
+            continue
+        pool = _insert_after(graph, mean, "GlobalAveragePool", [x])
+        for q in users:
+            q.replace_input_with(0, pool.outputs[0])
+            if mean.attributes.get_int("keepdims", 1) == 0:
+                old = q.outputs[0]
+                axes_const = _const(graph, np.arange(2, rank, dtype=np.int64))
+                squeeze = _insert_after(graph, q, "Squeeze", [old, axes_const])
+                _replace_uses(old, squeeze.outputs[0], but=squeeze)
+
+
+def move_integers_(graph: ir.Graph) -> None:
+    """Turn ``DQ -> move`` into ``move of the integers -> DQ``; then drop Q behind an equal DQ."""
+    for node in list(graph):
+        if node.op_type == "QuantizeLinear":
+            dq = _dequantize(node.inputs[0])
+            if dq is not None and _same_grid(node, dq) and dq.inputs[0] is not None:
+                _replace_uses(node.outputs[0], dq.inputs[0])
+            continue
+        dq = _dequantize(node.inputs[0]) if node.inputs else None
+        if dq is None or not _moves_only(graph, node, dq):
+            continue
+        node.replace_input_with(0, dq.inputs[0])
+        after = node
+        for out in node.outputs:
+            new = _insert_after(graph, after, "DequantizeLinear", [out, *dq.inputs[1:]])
+            new.outputs[0].shape, new.outputs[0].type = out.shape, out.type
+            out.type = ir.TensorType(_dtype(dq))
+            _replace_uses(out, new.outputs[0], but=new)
+            after = new
+
+
+def _moves_only(graph: ir.Graph, node: ir.Node, dq: ir.Node) -> bool:
+    if node.op_type not in MOVES or node.domain:
+        return False
+    if node.op_type == "MaxPool":
+        return len(node.outputs) == 1
+    if node.op_type == "Resize":
+        return node.attributes.get_string("mode", "nearest") == "nearest"
+    if node.op_type == "Pad":
+        if node.attributes.get_string("mode", "constant") != "constant":
+            return True
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        fill = np.float32(0) if given is None else _array(given)
+        if fill is None:
+            return False
+        axes = [node.inputs[3]] if len(node.inputs) > 3 else []
+        node.resize_inputs(3 + len(axes))
+        node.replace_input_with(2, _const(graph, _rounded(dq, float(fill))))
+    return True
+
+
+def _bounds(node: ir.Node) -> tuple[float, float] | None:
+    """Lower and upper bound of a Relu or Clip, or None where they are not constant."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    ends = [float("-inf"), float("inf")]
+    for i, value in enumerate(node.inputs[1:3]):
+        if value is not None:
+            array = _array(value)
+            if array is None:
+                return None
+            ends[i] = float(array)
+    return ends[0], ends[1]
+
+
+def _dequantize(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that makes `value`, if it has one constant scale and zero point."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    return node if _per_tensor(node) else None
+
+
+def _per_tensor(node: ir.Node) -> bool:
+    scale, zero = _array(node.inputs[1]), _zero(node)
+    return scale is not None and zero is not None and scale.size == 1
+
+
+def _same_grid(a: ir.Node, b: ir.Node) -> bool:
+    sa, sb, za, zb = _array(a.inputs[1]), _array(b.inputs[1]), _zero(a), _zero(b)
+    if sa is None or sb is None or za is None or zb is None or sa.size != 1:
+        return False
+    return bool(sa == sb and za == zb and za.dtype == zb.dtype)
+
+
+def _zero(node: ir.Node) -> np.ndarray | None:
+    return _array(node.inputs[2]) if len(node.inputs) > 2 else None
+
+
+def _rounded(node: ir.Node, x: float) -> np.ndarray:
+    """The integer that `x` becomes on the grid of a QuantizeLinear or DequantizeLinear."""
+    scale, zero = _array(node.inputs[1]), _zero(node)
+    if scale is None or zero is None:
+        raise AssertionError("callers check that the grid is constant")
+    limits = np.iinfo(zero.dtype)
+    q = np.rint(np.float32(x) / scale.astype(np.float32)) + zero.astype(np.float32)
+    return np.clip(q, limits.min, limits.max).astype(zero.dtype)
+
+
+def _array(value: ir.Value | None) -> np.ndarray | None:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else tensor.numpy()
+
+
+def _dtype(dq: ir.Node) -> ir.DataType:
+    zero = _zero(dq)
+    return ir.DataType.UINT8 if zero is None else ir.DataType.from_numpy(zero.dtype)
+
+
+def _const(graph: ir.Graph, array: np.ndarray) -> ir.Value:
+    name = f"slimkit_{len(graph.initializers)}"  # unique: constants are only added here
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(tensor.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _insert_after(
+    graph: ir.Graph, node: ir.Node, op_type: str, inputs: list[ir.Value | None]
+) -> ir.Node:
+    new = ir.Node("", op_type, inputs, num_outputs=1)
+    graph.insert_after(node, new)
+    return new
+
+
+def _replace_uses(old: ir.Value, new: ir.Value, but: ir.Node | None = None) -> None:
+    """Let every reader of `old` read `new`; a graph output keeps its name."""
+    for use in list(old.uses()):
+        if use.node is not but:
+            use.node.replace_input_with(use.idx, new)
+    graph = old.graph
+    for i, out in enumerate(graph.outputs if graph is not None else []):
+        if out is old and graph is not None:
+            old.name, new.name = new.name, old.name
+            graph.outputs[i] = new

@@ -1,0 +1,185 @@
+"""ONNX Runtime on the CPU: a quantized ONNX file and a session that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimkit.errors import ExportError
+from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
+
+FILE = "model.onnx"
+SINGLE_FILE_LIMIT = 2**31 - 2**20  # bytes of weights; protobuf holds less than 2 GiB
+
+
+class OnnxRuntime(Backend):
+    """An ONNX file of QuantizeLinear and DequantizeLinear pairs, fused by ONNX Runtime to integers.
+
+    Activations are uint8 with a zero point: signed symmetric ones compute four times slower on
+    x86. Weights are int8 per output channel, biases int32.
+    """
+
+    scheme = Scheme(
+        activations=Grid(bits=8, signed=False, symmetric=False),
+        weights=Grid(bits=8, per_channel=True),
+        operations=frozenset(
+            {"conv1d", "conv2d", "conv3d", "linear", "matmul", "rmatmul", "bmm", "softmax"}
+            | {"add", "iadd", "radd", "mul", "imul", "rmul", "cat", "concat", "concatenate"}
+            | {"avg_pool2d", "adaptive_avg_pool2d", "mean", "sigmoid", "leaky_relu"}
+        ),
+        placement="tensors",
+        keeps=frozenset(
+            {"max_pool1d", "max_pool2d", "max_pool3d", "flatten", "reshape", "view", "permute"}
+            | {"transpose", "t", "squeeze", "unsqueeze", "dropout", "dropout2d", "contiguous"}
+            | {"chunk", "split", "getitem", "narrow", "interpolate", "pad", "clone", "expand"}
+            | {"swapaxes", "movedim", "unbind", "select", "detach", "unflatten"}
+        ),
+        fuses=frozenset({"batch_norm", "relu", "relu6", "hardtanh", "clamp", "clip"}),
+        bias_bits=32,
+    )
+
+    def check(self, deployable: Deployable) -> list[str]:
+        """What `torch.onnx` says against this program (it is exported on trial)."""
+        try:
+            _export(deployable)
+        except ExportError as error:
+            return [str(error)]
+        return []
+
+    def compile(self, deployable: Deployable, directory: Path) -> None:
+        """Write ``model.onnx``; from 2 GB on its weights lie beside it in ``model.onnx.data``."""
+        ir = _package("onnx_ir", "onnxscript")
+        model = _export(deployable)
+        weights = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+        data = f"{FILE}.data" if weights > SINGLE_FILE_LIMIT else None
+        ir.save(model, directory / FILE, external_data=data)
+
+    def load(self, directory: Path, threads: int = 1) -> Runner:
+        """Open a session that computes on `threads` threads, none of which spins while idle."""
+        session = _session(directory, threads)
+        names = [i.name for i in session.get_inputs()]
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            if len(inputs) != len(names):
+                raise ExportError(f"{FILE} takes {len(names)} inputs, {len(inputs)} were given")
+            feed = {n: t.detach().cpu().numpy() for n, t in zip(names, inputs, strict=True)}
+            return [torch.from_numpy(array) for array in session.run(None, feed)]
+
+        return run
+
+    def operators(self, directory: Path) -> dict[str, int]:
+        """Operator types of the graph that ONNX Runtime executes after its own optimizations."""
+        onnx = _package("onnx")
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            _session(directory, 1, optimized)
+            nodes = onnx.load(optimized, load_external_data=False).graph.node
+            return dict(sorted(Counter(node.op_type for node in nodes).items()))
+
+
+def _session(directory: Path, threads: int, optimized: Path | None = None) -> Any:
+    runtime = _package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # fatal; anything less is raised as an exception anyway
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    path = directory / FILE
+    single = not (directory / f"{FILE}.data").exists()
+    try:
+        model = path.read_bytes() if single else str(path)
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except FileNotFoundError as error:
+        raise ExportError(f"{path} is missing: export again") from error
+    except Exception as error:  # onnxruntime raises its own classes, which share no public base
+        raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+def _export(deployable: Deployable) -> Any:
+    """The program as an `onnx_ir.Model` without anything that a runtime does not need."""
+    _package("onnx")
+    _package("onnxscript")
+    _package("onnx_ir", "onnxscript")
+    from slimkit.builtin.backends.onnx_graph import keep_integers_
+
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                deployable.program, (), dynamo=True, verbose=False, optimize=True
+            )
+    except Exception as error:  # torch.onnx wraps whatever a converter raised
+        raise ExportError(
+            f"torch.onnx cannot express this model: {_reason(error)}. "
+            "Replace that operation in the model by ones that ONNX has"
+        ) from error
+    if exported is None:
+        raise AssertionError("torch.onnx.export returns a program when dynamo=True")
+    model = exported.model
+    keep_integers_(model)
+    _strip_(model)
+    return model
+
+
+def _strip_(model: Any) -> None:
+    """Drop names, types of inner values and metadata: they can outweigh int8 weights."""
+    import onnx_ir.passes.common as common
+
+    common.ClearMetadataAndDocStringPass()(model)
+    common.DeduplicateInitializersPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    model.producer_name, model.producer_version = "slimkit", None
+    graph = model.graph
+    keep = {id(v) for v in (*graph.inputs, *graph.outputs)}
+    taken = {v.name for v in (*graph.inputs, *graph.outputs)}
+    fresh = (name for i in range(10**9) if (name := f"t{i}") not in taken)
+    for value in list(graph.initializers.values()):
+        if id(value) not in keep:
+            value.name = next(fresh)
+    for node in graph:
+        node.name = None
+        for value in node.outputs:
+            if id(value) not in keep:
+                value.name, value.shape, value.type = next(fresh), None, None
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line; it names the operator that has no ONNX counterpart."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No prints, warnings or log lines from torch.onnx; errors still arrive as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _package(module: str, distribution: str | None = None) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ExportError(
+            f"the onnxruntime backend needs {module}: pip install {distribution or module}"
+        ) from error

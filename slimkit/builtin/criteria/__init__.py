@@ -1,0 +1,1 @@
+"""Pruning criteria: which weights matter least."""

@@ -1,0 +1,1 @@
+"""Distillation losses: how far the student is from the teacher."""

@@ -1,0 +1,1 @@
+"""Quantizers: which range of values the integers cover."""

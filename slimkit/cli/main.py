@@ -1,0 +1,66 @@
+"""The `slimkit` command: finds its subcommands lazily and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from slimkit.errors import SlimkitError
+
+COMMANDS = {
+    "run": "slimkit.cli.run:run",
+    "check": "slimkit.cli.check:check",
+    "list-plugins": "slimkit.cli.list_plugins:list_plugins",
+}
+
+
+class _Lazy(click.Group):
+    """A group that imports the file of a command when it is called or its help is shown."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+
+@click.group(cls=_Lazy)
+@click.version_option(package_name="slimkit", message="%(package)s %(version)s")
+def slimkit() -> None:
+    """Make a trained PyTorch model small and fast, and prove it on the exported file.
+
+    Exit codes: 0 done, 1 a bug, 2 bad input, 3 a gate was missed.
+    """
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        code = slimkit.main(prog_name="slimkit", standalone_mode=False)
+        sys.stdout.flush()
+    except SlimkitError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        code = 130
+    except BrokenPipeError:  # `slimkit list-plugins | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        click.echo("This is a bug in slimkit: please report it with the lines above.", err=True)
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""Deployment: compile, run the file, prove that it agrees, measure it, keep it safe."""

@@ -1,0 +1,55 @@
+"""Compares what a deployed file computes with what the simulation computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near two runs over the same inputs are.
+
+    Args:
+        top1: fraction of inputs with the same largest class; None where the first output is not
+            of shape (batch, classes).
+        sqnr_db: signal to quantization-noise ratio per output, in decibels; the signal is the
+            simulation, infinite where both are equal to the last bit.
+        largest_difference: the largest absolute difference over all outputs.
+        inputs: how many inputs were compared.
+    """
+
+    top1: float | None
+    sqnr_db: tuple[float, ...]
+    largest_difference: float
+    inputs: int
+
+
+def compare(simulated: Sequence[Tensor], deployed: Sequence[Tensor]) -> Agreement:
+    """Compare outputs, each of shape (inputs, ...), in the same order.
+
+    >>> a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> compare([a], [torch.tensor([[1.0, 0.0], [1.1, 1.0]])]).top1
+    0.5
+    """
+    ratios, largest = [], 0.0
+    for a, b in zip(simulated, deployed, strict=True):
+        x, y = a.double(), b.double()
+        noise = (x - y).square().sum().item()
+        signal = x.square().sum().item()
+        if noise == 0:
+            ratios.append(math.inf)
+        else:
+            ratios.append(10 * math.log10(signal / noise) if signal > 0 else -math.inf)
+        if x.numel():
+            largest = max(largest, (x - y).abs().max().item())
+    top1 = None
+    first = simulated[0]
+    if first.dim() == 2 and first.shape[1] > 1:
+        same = first.argmax(1) == deployed[0].argmax(1)
+        top1 = same.double().mean().item()
+    return Agreement(top1, tuple(ratios), largest, len(first))

@@ -1,0 +1,127 @@
+"""A model as files on disk that a runtime executes, with tensors in and tensors out."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from slimkit.batches import first_sample
+from slimkit.errors import ExportError
+from slimkit.interfaces import Backend, Deployable, Runner, tensors_of
+from slimkit.quantization.fake import QuantizedModel
+from slimkit.quantization.finished import finish
+
+
+class Deployed:
+    """A compiled model: call it like the module it came from.
+
+    The file has the batch size it was made with (one sample); larger batches are run sample by
+    sample.
+
+    Args:
+        runner: the opened file.
+        rebuild: puts flat output tensors back into the model's own structure.
+    """
+
+    def __init__(self, runner: Runner, rebuild: Callable[[list[Tensor]], Any], batch: int) -> None:
+        self.runner = runner
+        self._rebuild = rebuild
+        self._batch = batch
+
+    def flat(self, *inputs: Any) -> list[Tensor]:
+        """The outputs as a flat list, computed by the file."""
+        tensors = [t.detach().cpu() for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+        size = tensors[0].shape[0] if tensors[0].dim() else 1
+        if size % self._batch:
+            raise ExportError(
+                f"the file was made for batches of {self._batch}; {size} is no multiple of it"
+            )
+        pieces = []
+        for start in range(0, size, self._batch):
+            part = [t[start : start + self._batch].contiguous() for t in tensors]
+            pieces.append([t.detach().cpu() for t in self.runner(*part)])
+        return [torch.cat(column) for column in zip(*pieces, strict=True)]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's outputs, in its own structure."""
+        return self._rebuild(self.flat(*inputs))
+
+
+def compile_(
+    model: nn.Module, backend: Backend, example_inputs: tuple[Any, ...], directory: Path
+) -> tuple[Deployable, Deployed]:
+    """Compile `model` into the new folder `directory` and open it on one thread.
+
+    Args:
+        model: a float model or a `QuantizedModel`; not changed.
+        backend: compiles it.
+        example_inputs: the forward's arguments; one sample of them sets the file's shapes.
+        directory: made here; removed again if anything fails.
+
+    Raises:
+        ExportError: the backend cannot compile or run it, or int8 was asked for and the file holds
+            none.
+    """
+    inputs = first_sample(example_inputs)
+    deployable = finish(model, inputs)
+    problems = backend.check(deployable)
+    if problems:
+        name = type(backend).__name__
+        raise ExportError("\n  ".join([f"{name} cannot run this model:", *problems]))
+    directory.mkdir(parents=True)
+    try:
+        backend.compile(deployable, directory)
+        if not any(directory.iterdir()):
+            raise ExportError(f"{type(backend).__name__} wrote no file into {directory}")
+        deployed = open_(backend, directory, deployable)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    return deployable, deployed
+
+
+def open_(backend: Backend, directory: Path, deployable: Deployable, threads: int = 1) -> Deployed:
+    """Open compiled files; outputs come back in the structure of the program's."""
+    spec = deployable.program.call_spec.out_spec
+    assert spec is not None
+
+    def rebuild(flat: list[Tensor]) -> Any:
+        return tree_unflatten(flat, spec)
+
+    leaves = [t for t in tree_leaves(deployable.example_inputs) if isinstance(t, Tensor)]
+    batch = leaves[0].shape[0] if leaves[0].dim() else 1
+    return Deployed(backend.load(directory, threads=threads), rebuild, batch)
+
+
+def size_bytes(directory: Path) -> int:
+    """Bytes of all files below `directory`."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def temporary(parent: Path | None = None) -> Path:
+    """A new empty folder, beside `parent` where given (so that a rename stays on one disk)."""
+    return Path(tempfile.mkdtemp(prefix=".slimkit-", dir=parent))
+
+
+@torch.no_grad()
+def simulate(model: nn.Module, *inputs: Any) -> list[Tensor]:
+    """Flat outputs of the float model or the simulation, in evaluation mode, sample by sample."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return tensors_of(model(*inputs))
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether `model` simulates integers."""
+    return isinstance(model, QuantizedModel)

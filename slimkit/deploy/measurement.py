@@ -1,0 +1,68 @@
+"""Measures how long deployed files take, side by side in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from slimkit.interfaces import Runner
+from slimkit.progress import track
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one run on example inputs.
+
+    Args:
+        median_ms: half of the runs were faster.
+        p95_ms: 95 % of the runs were faster.
+        runs: how many were timed.
+    """
+
+    median_ms: float
+    p95_ms: float
+    runs: int
+
+
+def measure(
+    runners: Mapping[str, Runner],
+    inputs: tuple[Tensor, ...],
+    *,
+    seconds: float = 1.0,
+    least_runs: int = 30,
+    most_runs: int = 2000,
+) -> dict[str, Latency]:
+    """Time each runner on `inputs`, taking turns so that a noisy machine hurts all alike.
+
+    Args:
+        runners: what to time, by name.
+        inputs: tensors for one run.
+        seconds: how long to measure each, about.
+        least_runs: run each at least this often.
+        most_runs: and at most this often.
+    """
+    first = {}
+    for name, run in runners.items():
+        for _ in range(3):  # lazy set-up, caches
+            start = time.perf_counter()
+            run(*inputs)
+            first[name] = time.perf_counter() - start
+    slowest = max(first.values(), default=0.0)
+    runs = int(min(most_runs, max(least_runs, seconds / max(slowest, 1e-9))))
+    blocks = 10
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in track(range(blocks), "measuring latency"):
+        for name, run in runners.items():
+            run(*inputs)  # the first run of a block pays for the others' cache
+            for _ in range(-(-runs // blocks)):
+                start = time.perf_counter()
+                run(*inputs)
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {
+        name: Latency(statistics.median(t), statistics.quantiles(t, n=20)[-1], len(t))
+        for name, t in times.items()
+    }

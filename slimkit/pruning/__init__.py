@@ -1,0 +1,1 @@
+"""Channel pruning: what belongs together, what counts, what goes, and cutting it out."""

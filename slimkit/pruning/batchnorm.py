@@ -1,0 +1,46 @@
+"""Re-estimates batch-norm statistics, which no longer fit after channels were removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimkit.batches import inputs_of
+
+
+@torch.no_grad()
+def reestimate_(model: nn.Module, batches: Iterable[Any], count: int) -> int:
+    """Replace running mean and variance by their averages over `count` batches.
+
+    Other layers stay in evaluation mode (no dropout). Returns the number of batches used; a model
+    without batch-norm, or no data, leaves everything as it is and returns 0.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms or count == 0:
+        return 0
+    flags = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    before = {norm: {k: b.clone() for k, b in norm.named_buffers()} for norm in norms}
+    model.eval()
+    used = 0
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over the batches
+            norm.train()
+        for batch in islice(batches, count):
+            model(*inputs_of(batch, model))
+            used += 1
+    finally:
+        for module, training in flags.items():
+            module.training = training
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+            if not used:
+                norm.load_state_dict(before[norm], strict=False)
+    return used

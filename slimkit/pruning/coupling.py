@@ -1,0 +1,172 @@
+"""Finds which channels of which tensors must be removed together.
+
+Stands on Torch-Pruning's dependency graph (Fang et al. 2023, https://arxiv.org/abs/2301.12900)
+behind a face of its own: the rest of slimkit sees named tensors and channel numbers only.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from slimkit.errors import PruningError
+
+Role = Literal["out", "in"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one tensor that carries a group's channels.
+
+    Args:
+        tensor: dotted path of a parameter or buffer.
+        dim: the dimension.
+        role: ``out`` where the tensor makes or scales the channels, ``in`` where it reads them.
+        channel: int64, one entry per position of the dimension: the group's channel that lives
+            there, or -1 where another group's does (behind a concatenation).
+    """
+
+    tensor: str
+    dim: int
+    role: Role
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that several layers share; they are kept or removed in all of them at once.
+
+    Args:
+        name: the layer that makes the channels first.
+        channels: how many there are.
+        members: the tensors that carry them.
+    """
+
+    name: str
+    channels: int
+    members: tuple[Member, ...]
+
+    @property
+    def layers(self) -> list[str]:
+        """The coupled layers, without the tensors' own names."""
+        return list(dict.fromkeys(m.tensor.rpartition(".")[0] for m in self.members))
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """All groups of a model, and what must stay whole with the reason."""
+
+    groups: tuple[Group, ...]
+    frozen: dict[str, str]
+
+
+def find_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupling:
+    """Trace `model` and list its groups of coupled channels.
+
+    Groups are disjoint and in the order of the forward. What cannot be removed is left out with
+    its reason: the model's outputs, grouped convolutions, parameters outside known layers.
+    `model` is not changed.
+
+    Raises:
+        PruningError: the model cannot be traced.
+    """
+    probe = copy.deepcopy(model).eval()
+    for parameter in probe.parameters():
+        parameter.requires_grad_(True)
+    graph = tp.DependencyGraph()
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph.build_dependency(probe, example_inputs=_plain(example_inputs), verbose=False)
+            found = list(graph.get_all_groups(root_module_types=[nn.modules.conv._ConvNd, nn.Linear]))
+    except Exception as error:
+        raise PruningError(
+            f"{type(model).__name__} cannot be traced for pruning: {type(error).__name__}: {error}. "
+            "Check that model(*example_inputs) runs in evaluation mode and returns tensors that "
+            "depend on its parameters."
+        ) from error
+    names = {module: name for name, module in probe.named_modules()}
+    groups: list[Group] = []
+    frozen: dict[str, str] = {}
+    for raw in found:
+        name = names[raw[0].dep.target.module]
+        members, reason = _members(raw, names)
+        if reason:
+            frozen[name] = reason
+        else:
+            channels = raw[0].dep.target.module.weight.shape[members[0].dim]
+            groups.append(Group(name, channels, tuple(members)))
+    order = {name: position for position, name in enumerate(names.values())}
+    return Coupling(tuple(sorted(groups, key=lambda group: order[group.name])), frozen)
+
+
+def _plain(example_inputs: tuple[Any, ...]) -> Sequence[Any]:
+    """Detached copies, so that tracing leaves no gradient in the caller's tensors."""
+    return [x.detach().clone() if isinstance(x, Tensor) else x for x in example_inputs]
+
+
+def _members(raw: Any, names: dict[nn.Module, str]) -> tuple[list[Member], str]:
+    """The members of one of Torch-Pruning's groups, or the reason why it must stay whole."""
+    members: list[Member] = []
+    for item in raw:
+        node, handler = item.dep.target, item.dep.handler.__name__
+        module = node.module
+        if isinstance(module, nn.Parameter):
+            return [], "it passes through a parameter outside any known layer"
+        if not isinstance(module, nn.Module) or module not in names:
+            if node.type == tp.ops.OPTYPE.OUTPUT:
+                return [], "its channels are the model's output"
+            continue
+        role: Role = "in" if handler == "prune_in_channels" else "out"
+        found = list(_tensors(module, role))
+        if not found:
+            if any(True for _ in module.parameters(recurse=False)):
+                return [], f"{names[module]} ({type(module).__name__}) cannot be cut"
+            continue
+        for tensor, dim in found:
+            size = getattr(module, tensor).shape[dim]
+            channel = torch.full((size,), -1, dtype=torch.int64)
+            if max(item.idxs, default=0) >= size:
+                return [], f"{names[module]} has fewer channels than the analysis expects"
+            channel[torch.tensor(item.idxs)] = torch.tensor(item.root_idxs)
+            members.append(Member(f"{names[module]}.{tensor}".lstrip("."), dim, role, channel))
+    return members, ""
+
+
+def _tensors(module: nn.Module, role: Role) -> Iterator[tuple[str, int]]:
+    """Which tensors of a layer carry its outgoing or incoming channels, and in which dimension."""
+    if isinstance(module, _ConvNd):
+        depthwise = module.groups > 1 and module.groups == module.in_channels == module.out_channels
+        if module.groups > 1 and not depthwise:
+            return
+        transposed = isinstance(module, _ConvTransposeNd)
+        if role == "in" and not depthwise:
+            yield "weight", int(not transposed)
+            return
+        yield "weight", int(transposed and not depthwise)
+        if module.bias is not None:
+            yield "bias", 0
+    elif isinstance(module, nn.Linear):
+        if role == "in":
+            yield "weight", 1
+            return
+        yield "weight", 0
+        if module.bias is not None:
+            yield "bias", 0
+    elif isinstance(module, _BatchNorm | nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
+            return
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if isinstance(getattr(module, name, None), Tensor):
+                yield name, 0
+    elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        yield "weight", 0

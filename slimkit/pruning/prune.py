@@ -1,0 +1,221 @@
+"""`prune`: a smaller copy of a model, verified before it is cut and measured afterwards."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimkit.batches import as_inputs
+from slimkit.errors import PruningError, did_you_mean
+from slimkit.interfaces import Criterion
+from slimkit.pruning.batchnorm import reestimate_
+from slimkit.pruning.cost import macs, parameters
+from slimkit.pruning.coupling import Coupling, find_groups
+from slimkit.pruning.removal import Kept, compose, kept_positions, remove_
+from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
+from slimkit.pruning.selection import Selector, Target
+from slimkit.pruning.verification import verified
+from slimkit.registry import discover
+
+CLOSE = 0.01  # of the dense cost: how near the measured figure must come to the target
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What was removed from a model, and what stayed whole and why.
+
+    Args:
+        groups: group name to (channels before, channels after, coupled layers).
+        frozen: group name to the reason why it was left whole.
+        macs: multiply-accumulates before and after, measured.
+        parameters: parameters before and after, measured.
+        kept: the positions that remain in each tensor of the model as its function builds it.
+    """
+
+    groups: dict[str, tuple[int, int, list[str]]]
+    frozen: dict[str, str]
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    kept: Kept = field(repr=False)
+
+    def __str__(self) -> str:
+        """A table for people."""
+        lines = [
+            f"MACs        {self.macs[0]:>14,} -> {self.macs[1]:>14,}  "
+            f"({self.macs[1] / max(1, self.macs[0]):.1%})",
+            f"parameters  {self.parameters[0]:>14,} -> {self.parameters[1]:>14,}  "
+            f"({self.parameters[1] / max(1, self.parameters[0]):.1%})",
+        ]
+        for name, (before, after, layers) in self.groups.items():
+            coupled = f"  with {', '.join(layers[1:4])}" if len(layers) > 1 else ""
+            more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+            lines.append(f"{name:<32} {before:>5} -> {after:>5} channels{coupled}{more}")
+        lines += [f"{name:<32} left whole: {reason}" for name, reason in self.frozen.items()]
+        return "\n".join(lines)
+
+
+def analyse(
+    model: nn.Module, inputs: tuple[Any, ...], protect: Sequence[str] = ()
+) -> Coupling:
+    """The groups of `model` that may be cut, each verified; the rest frozen with its reason.
+
+    Raises:
+        PruningError: the model cannot be traced, or a `protect` pattern matches nothing.
+    """
+    coupling = find_groups(model, inputs)
+    names = [name for name, _ in model.named_modules() if name]
+    frozen = dict(coupling.frozen)
+    groups = list(coupling.groups)
+    for pattern in protect:
+        if not fnmatch.filter(names, pattern):
+            hint = did_you_mean(pattern, names)
+            raise PruningError(f"protect: no layer of the model is called {pattern!r}{hint}")
+        for group in list(groups):
+            if fnmatch.filter([group.name, *group.layers], pattern):
+                groups.remove(group)
+                frozen[group.name] = f"protected by {pattern!r}"
+    return verified(model, Coupling(tuple(groups), frozen), inputs)
+
+
+def cut_(
+    model: nn.Module, coupling: Coupling, kept: Mapping[str, Tensor], inputs: tuple[Any, ...]
+) -> PruningReport:
+    """Remove all channels but `kept` from `model` in place, and report what was measured.
+
+    The report is also left at ``model.slimkit_pruning``; it composes with an earlier one.
+
+    Raises:
+        PruningError: nothing would be removed.
+    """
+    pairs = [(group, kept[group.name]) for group in coupling.groups]
+    positions = kept_positions(pairs)
+    if not positions:
+        raise PruningError(
+            "nothing was pruned: no channel may go. "
+            + ("; ".join(f"{n}: {r}" for n, r in list(coupling.frozen.items())[:5]) or "no group")
+        )
+    before = (macs(model, inputs), parameters(model))
+    remove_(model, positions)
+    earlier = getattr(model, "slimkit_pruning", None)
+    report = PruningReport(
+        groups={g.name: (g.channels, len(stay), g.layers) for g, stay in pairs},
+        frozen=dict(coupling.frozen),
+        macs=(before[0], macs(model, inputs)),
+        parameters=(before[1], parameters(model)),
+        kept=compose(earlier.kept, positions) if earlier is not None else positions,
+    )
+    model.slimkit_pruning = report  # type: ignore[assignment]  # a plain attribute, not a module
+    return report
+
+
+def cut_to_target_(
+    model: nn.Module,
+    coupling: Coupling,
+    scores: Mapping[str, Tensor],
+    target: Target,
+    inputs: tuple[Any, ...],
+    *,
+    round_to: int = 1,
+    min_channels: int = 1,
+) -> PruningReport:
+    """Choose, cut and measure in place; tightens the choice where the prediction was too kind."""
+    selector = Selector(model, coupling, inputs, round_to=round_to, min_channels=min_channels)
+    aim = target
+    for _ in range(4):
+        choice = selector.choose(scores, aim)
+        probe = copy.deepcopy(model)
+        report = cut_(probe, coupling, choice.kept, inputs)
+        if target.measure == "ratio":
+            break
+        before, after = report.macs if target.measure == "flops" else report.parameters
+        reached = after / max(1, before)
+        if reached <= target.value + CLOSE:
+            break
+        aim = Target(target.measure, max(1e-3, aim.value - (reached - target.value)))
+    return cut_(model, coupling, choice.kept, inputs)
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    criterion: str | Criterion = "l1",
+    *,
+    target: Mapping[str, float],
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    protect: Sequence[str] = (),
+    round_to: int = 1,
+    min_channels: int = 1,
+    data_batches: int = 8,
+    batchnorm_batches: int = 20,
+) -> nn.Module:
+    """A pruned copy of `model`; the given model is not changed.
+
+    Args:
+        model: any module that Torch-Pruning can trace.
+        example_inputs: a tensor, or a tuple of the forward's arguments.
+        criterion: a plugin's name (see ``slimkit list-plugins --kind criterion``), or an instance.
+        target: exactly one of ``flops`` and ``params`` (the fraction that is left) or ``ratio``
+            (the fraction of channels removed).
+        data: batches, with or without labels, to re-estimate batch-norm and to take gradients
+            from; may be left out.
+        loss: takes (model, batch) and gives the scalar to differentiate; for criteria that need
+            gradients. Left out, cross-entropy on (inputs, labels).
+        protect: name patterns of layers whose channels all stay.
+        round_to: kept channels are a multiple of this.
+        min_channels: the fewest channels of a group.
+        data_batches: batches for a criterion's gradients.
+        batchnorm_batches: batches for batch-norm re-estimation; 0 turns it off.
+
+    Returns:
+        The smaller module, of the same class; ``print(module.slimkit_pruning)`` says what went.
+
+    Raises:
+        PruningError: nothing can be pruned, or the target cannot be reached.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(),
+        ...                           torch.nn.Linear(32, 4))
+        >>> small = prune(net, torch.randn(1, 8), criterion="l1", target={"flops": 0.5})
+        >>> small[0].out_features, net[0].out_features
+        (16, 32)
+    """
+    aim = Target.of(target)
+    inputs = as_inputs(example_inputs)
+    chosen = (
+        discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
+    )
+    small = copy.deepcopy(model)
+    coupling = analyse(small, inputs, protect)
+    if "gradient" in chosen.needs:
+        if data is None:
+            raise PruningError(
+                f"criterion {criterion!r} needs gradients: pass data= (batches of inputs and "
+                "labels), or choose a criterion without data such as 'l1'"
+            )
+        scores = scores_over_batches(
+            small, coupling, chosen, data, loss or cross_entropy, data_batches
+        )
+    else:
+        scores = group_scores(small, coupling, chosen)
+    cut_to_target_(
+        small, coupling, scores, aim, inputs, round_to=round_to, min_channels=min_channels
+    )
+    if data is not None:
+        reestimate_(small, data, batchnorm_batches)
+    return small
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy of ``model(inputs)`` and labels for a batch of (inputs, labels)."""
+    if not (isinstance(batch, list | tuple) and len(batch) == 2):
+        raise PruningError("a batch must be (inputs, labels) to take a gradient; pass loss=")
+    device = next(model.parameters()).device
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(inputs.to(device)), labels.to(device))

@@ -1,0 +1,114 @@
+"""Cuts channels out of a model's tensors and brings the layers' attributes in line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from slimkit.errors import ArtifactError
+from slimkit.pruning.coupling import Group
+
+Kept = dict[str, dict[int, list[int]]]
+"""The positions that remain: tensor path -> dimension -> sorted positions in the original."""
+
+
+def kept_positions(kept: Iterable[tuple[Group, Tensor]]) -> Kept:
+    """Turn kept channels per group into kept positions per tensor.
+
+    Args:
+        kept: groups with the channel numbers that remain, int64.
+    """
+    masks: dict[tuple[str, int], Tensor] = {}
+    for group, channels in kept:
+        stays = torch.zeros(group.channels + 1, dtype=torch.bool)
+        stays[channels] = True
+        stays[-1] = True  # position -1: channels of another group
+        for member in group.members:
+            key = (member.tensor, member.dim)
+            mask = stays[member.channel]
+            masks[key] = masks[key] & mask if key in masks else mask
+    positions: Kept = {}
+    for (tensor, dim), mask in masks.items():
+        if not mask.all():
+            positions.setdefault(tensor, {})[dim] = mask.nonzero().flatten().tolist()
+    return positions
+
+
+def cut(tensor: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
+    """Only the positions in `dims` (dimension -> positions) of `tensor`, contiguous."""
+    for dim, positions in dims.items():
+        tensor = tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
+    return tensor
+
+
+@torch.no_grad()
+def remove_(model: nn.Module, kept: Kept) -> None:
+    """Cut `model` down to the `kept` positions in place.
+
+    Parameters stay the same objects with smaller data (so optimizers and weight ties still hold
+    them); their gradients are dropped.
+
+    Raises:
+        ArtifactError: a tensor is missing, or too small for a position; nothing was cut.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, dims in kept.items():
+        if name not in tensors:
+            raise ArtifactError(f"the model has no tensor {name!r}; was it built differently?")
+        for dim, positions in dims.items():
+            size = tensors[name].shape[dim] if dim < tensors[name].dim() else 0
+            if not positions or max(positions) >= size:
+                raise ArtifactError(
+                    f"{name} has {size} channels in dimension {dim}, but position "
+                    f"{max(positions, default=-1)} should be kept; was the model built differently?"
+                )
+    done: set[int] = set()
+    for name, dims in kept.items():
+        tensor = tensors[name]
+        if id(tensor) in done:
+            continue
+        done.add(id(tensor))
+        tensor.data = cut(tensor.data, dims)
+        tensor.grad = None
+    for module in model.modules():
+        _fit_attributes_(module)
+
+
+def _fit_attributes_(module: nn.Module) -> None:
+    """Bring the sizes that a layer remembers in line with its tensors."""
+    if isinstance(module, _ConvNd):
+        first, second = module.weight.shape[:2]
+        if module.groups > 1 and module.groups == module.in_channels == module.out_channels:
+            module.groups = module.in_channels = module.out_channels = first
+        elif isinstance(module, _ConvTransposeNd):
+            module.in_channels, module.out_channels = first, second * module.groups
+        else:
+            module.out_channels, module.in_channels = first, second * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _NormBase):
+        for tensor in (module.weight, module.running_mean):
+            if isinstance(tensor, Tensor):
+                module.num_features = tensor.shape[0]
+    elif isinstance(module, nn.LayerNorm) and isinstance(module.weight, Tensor):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.shape[0]
+
+
+def compose(first: Kept, second: Kept) -> Kept:
+    """The positions in the original model after cutting `first` and then `second`.
+
+    >>> compose({"w": {0: [1, 3, 5]}}, {"w": {0: [0, 2]}})
+    {'w': {0: [1, 5]}}
+    """
+    result = {name: dict(dims) for name, dims in first.items()}
+    for name, dims in second.items():
+        for dim, positions in dims.items():
+            before = result.setdefault(name, {}).get(dim)
+            result[name][dim] = [before[p] for p in positions] if before else list(positions)
+    return result

@@ -1,0 +1,125 @@
+"""Turns a criterion's scores of weights into one importance per channel of each group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimkit.errors import PruningError
+from slimkit.interfaces import Criterion, Layer
+from slimkit.pruning.coupling import Coupling, Group
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""Takes the model and one batch, gives the scalar to differentiate."""
+
+
+def group_scores(model: nn.Module, coupling: Coupling, criterion: Criterion) -> dict[str, Tensor]:
+    """Importance of each channel: group name to float64 of shape (channels,).
+
+    The criterion's scores are summed over each channel's weights and over all coupled layers, and
+    divided by the group's mean, so that groups can be ranked against each other. Gradients, where
+    the criterion needs them, are taken from the parameters' ``.grad``.
+
+    Raises:
+        PruningError: a gradient is missing, or a score is not finite.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    scores = {}
+    for group in coupling.groups:
+        total = torch.zeros(group.channels, dtype=torch.float64)
+        scale = _norm_scale(group, norms)
+        for member in group.members:
+            weight = tensors.get(member.tensor)
+            if weight is None or weight.dim() < 2:
+                continue
+            layer = Layer(
+                name=member.tensor,
+                weight=weight.detach(),
+                gradient=_gradient(member.tensor, weight, criterion),
+                norm_scale=scale if member.role == "out" else None,
+            )
+            total += _per_channel(criterion.score(layer), weight, member.dim, member.channel)
+        if not torch.isfinite(total).all():
+            raise PruningError(
+                f"criterion {type(criterion).__name__} gave a score that is not a finite number in "
+                f"group {group.name!r}; do its weights or gradients hold NaN or infinity?"
+            )
+        mean = total.mean()
+        scores[group.name] = total / mean if mean > 0 else total
+    return scores
+
+
+def _gradient(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
+    if "gradient" not in criterion.needs:
+        return None
+    if weight.grad is None:
+        raise PruningError(
+            f"criterion {type(criterion).__name__} needs gradients, but {name} has none: pass "
+            "data= and loss=, or unfreeze the layer (requires_grad), or choose a criterion "
+            "without data such as 'l1'"
+        )
+    return weight.grad.detach()
+
+
+def _per_channel(score: Tensor, weight: Tensor, dim: int, channel: Tensor) -> Tensor:
+    """Sum the scores of a weight over each channel, (channels,) in float64 on the CPU."""
+    sums = score.double().expand_as(weight).transpose(0, dim).flatten(1).sum(1).cpu()
+    inside = channel >= 0
+    size = int(channel.max()) + 1
+    return torch.zeros(size, dtype=torch.float64).index_add(0, channel[inside], sums[inside])
+
+
+def _norm_scale(group: Group, norms: dict[str, _BatchNorm]) -> Tensor | None:
+    for member in group.members:
+        module = norms.get(member.tensor.rpartition(".")[0])
+        if module is not None and module.weight is not None and member.tensor.endswith("weight"):
+            return module.weight.detach()
+    return None
+
+
+def scores_over_batches(
+    model: nn.Module,
+    coupling: Coupling,
+    criterion: Criterion,
+    batches: Iterable[Any],
+    loss: Loss,
+    count: int,
+) -> dict[str, Tensor]:
+    """`group_scores` averaged over the gradients of `count` batches; the model is not changed.
+
+    Raises:
+        PruningError: there is no batch.
+    """
+    totals: dict[str, Tensor] = {}
+    with _untouched(model):
+        for batch in islice(batches, count):
+            model.zero_grad(set_to_none=True)
+            loss(model, batch).backward()
+            for name, score in group_scores(model, coupling, criterion).items():
+                totals[name] = totals.get(name, 0.0) + score
+    if not totals:
+        raise PruningError("the criterion needs gradients, but the data gave no batch")
+    return totals
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; gradients and training flags as before afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    model.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient

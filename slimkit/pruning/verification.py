@@ -1,0 +1,111 @@
+"""Proves on random input that a group can be removed, before anything is cut.
+
+Two exact statements, in evaluation mode: zeroing a group's channels gives the same output as
+removing them; and, where a LayerNorm runs over them and forbids that, permuting the channels
+consistently in all coupled tensors leaves the output unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.interfaces import tensors_of
+from slimkit.pruning.coupling import Coupling, Group, Member
+from slimkit.pruning.removal import kept_positions, remove_
+
+
+def verified(model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...]) -> Coupling:
+    """The same coupling without the groups that fail, each frozen with its reason.
+
+    All groups are tried at once first; only if that fails is each tried alone.
+    """
+    if not coupling.groups or not _failure(model, coupling.groups, inputs):
+        return coupling
+    frozen = dict(coupling.frozen)
+    good = []
+    for group in coupling.groups:
+        reason = _failure(model, [group], inputs)
+        if reason:
+            frozen[group.name] = reason
+        else:
+            good.append(group)
+    reason = _failure(model, good, inputs) if good else ""
+    while reason and good:  # single groups hold but not all together: drop from the end
+        frozen[good.pop().name] = f"together with other groups, {reason}"
+        reason = _failure(model, good, inputs) if good else ""
+    return Coupling(tuple(good), frozen)
+
+
+@torch.no_grad()
+def _failure(model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...]) -> str:
+    """Why removing half of each group is wrong; empty if it is right."""
+    generator = torch.Generator().manual_seed(0)
+    zeroed, removed = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    kept = []
+    for group in groups:
+        order = torch.randperm(group.channels, generator=generator)
+        stay = order[: max(1, group.channels // 2)].sort().values
+        kept.append((group, stay))
+        _zero_(zeroed, group, stay)
+    try:
+        remove_(removed, kept_positions(kept))
+        after = tensors_of(removed(*inputs))
+    except Exception as error:
+        return f"the cut model does not run: {type(error).__name__}: {str(error).splitlines()[0]}"
+    expected = tensors_of(zeroed(*inputs))
+    if [x.shape for x in expected] != [x.shape for x in after]:
+        return "its channels are the model's output"
+    if _same(expected, after):
+        return ""
+    if _same(tensors_of(copy.deepcopy(model).eval()(*inputs)), _permuted(model, groups, inputs)):
+        return ""
+    return "removing its channels changes the output otherwise than zeroing them does"
+
+
+def _zero_(model: nn.Module, group: Group, stay: Tensor) -> None:
+    """Silence all channels of `group` but `stay` where they are made."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    keep = torch.zeros(group.channels + 1, dtype=torch.bool)
+    keep[stay] = True
+    keep[-1] = True
+    for member in group.members:
+        if member.role == "out" and not member.tensor.endswith("running_var"):
+            gone = (~keep[member.channel]).nonzero().flatten()
+            tensors[member.tensor].data.index_fill_(member.dim, gone, 0.0)
+
+
+def _permuted(model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The outputs after permuting the channels of all groups in all their tensors."""
+    generator = torch.Generator().manual_seed(1)
+    probe = copy.deepcopy(model).eval()
+    tensors = dict(probe.named_parameters(remove_duplicate=False)) | dict(probe.named_buffers())
+    for group in groups:
+        order = torch.randperm(group.channels, generator=generator)
+        for member in group.members:
+            source = _moved(member, order)
+            data = tensors[member.tensor].data
+            tensors[member.tensor].data = data.index_select(member.dim, source.to(data.device))
+    return tensors_of(probe(*inputs))
+
+
+def _moved(member: Member, order: Tensor) -> Tensor:
+    """Which old position each new position takes when channel c becomes channel order[c]."""
+    source = torch.arange(len(member.channel))
+    for new, old in enumerate(order.tolist()):
+        source[member.channel == new] = (member.channel == old).nonzero().flatten()
+    return source
+
+
+def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Equal up to float error; shapes are equal already."""
+    for x, y in zip(a, b, strict=True):
+        x, y = x.double(), y.double()
+        scale = x.abs().max().item() if x.numel() else 0.0
+        if not torch.allclose(x, y, rtol=1e-3, atol=1e-4 * scale + 1e-7):
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""Quantization: where the rounding is, how ranges are found, and the finished integer model."""

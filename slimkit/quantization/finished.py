@@ -1,0 +1,288 @@
+"""The finished model: batch-norm folded, ranges fixed, weights turned into integers.
+
+The simulation and the finished model are the same calls under the same names; here each call is
+replaced by what the device computes, and `torch.export` writes the result down as a flat graph.
+Batch-norm folds exactly: with one symmetric scale per output channel, multiplying a channel by a
+constant changes its scale and, where the constant is negative, the sign of its integers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operations
+from torch import Tensor, nn
+
+from slimkit.calls import WEIGHTED, Call, CallMode, Trace, map_tensors, trace
+from slimkit.errors import ExportError, QuantizationError
+from slimkit.interfaces import Deployable, Grid
+from slimkit.quantization.fake import FakeQuantization, QuantizedModel
+from slimkit.quantization.sites import Sites
+
+_ops = torch.ops.quantized_decomposed
+_FOLDS_INTO = ("conv1d", "conv2d", "conv3d", "linear")
+_INT32 = 2**31 - 1
+
+
+def finish(model: nn.Module, example_inputs: tuple[Any, ...]) -> Deployable:
+    """Turn a float model or a `QuantizedModel` into what a backend compiles.
+
+    Args:
+        model: not changed.
+        example_inputs: the forward's arguments; their shapes are fixed in the result.
+
+    Raises:
+        ExportError: torch.export cannot write the model down.
+    """
+    fake = model.fake if isinstance(model, QuantizedModel) else None
+    own = copy.deepcopy(model.model if isinstance(model, QuantizedModel) else model)
+    module = _Finished(own.cpu().eval(), copy.deepcopy(fake), example_inputs)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module.eval(), example_inputs, strict=False)
+    except Exception as error:
+        raise ExportError(
+            f"torch.export cannot write {type(own).__name__} down: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}. A forward that depends on the "
+            "values of its data, or on anything but tensors, must be rewritten first."
+        ) from error
+    return Deployable(program, example_inputs, quantized=fake is not None)
+
+
+@dataclass
+class _Weights:
+    """The names of one layer's constants in `_Finished`."""
+
+    weight: str
+    bias: str | None
+    scale: str | None = None
+    bias_scale: str | None = None
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """Fixed parameters of one activation quantizer."""
+
+    scale: float
+    zero_point: int
+    grid: Grid
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        kind = torch.uint8 if not self.grid.signed else torch.int8
+        arguments = (self.scale, self.zero_point, self.grid.qmin, self.grid.qmax, kind)
+        return _ops.dequantize_per_tensor(_ops.quantize_per_tensor(x, *arguments), *arguments)
+
+
+class _Finished(nn.Module):
+    """Runs a model with its calls replaced by what the device computes."""
+
+    def __init__(
+        self, model: nn.Module, fake: FakeQuantization | None, inputs: tuple[Any, ...]
+    ) -> None:
+        super().__init__()
+        self.network = model
+        traced = trace(model, inputs)
+        self.sites = fake.sites if fake is not None else Sites()
+        self.roundings: dict[str, _Rounding] = {}
+        for name in self.sites.activations:
+            assert fake is not None
+            scale, zero_point = fake[name].qparams()
+            grid = fake.scheme.activations
+            self.roundings[name] = _Rounding(float(scale), int(zero_point), grid)
+        self.layers: dict[str, _Weights] = {}
+        folded = _foldable(traced)
+        self.skipped = {norm.name for norm in folded.values()}
+        self.moved = {  # a rounding behind a folded batch-norm now sits behind its convolution
+            call: self.sites.outputs[norm.name]
+            for call, norm in folded.items()
+            if norm.name in self.sites.outputs
+        }
+        state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        for call in traced.calls:
+            if call.op in WEIGHTED and (call.name in folded or call.name in self.sites.weights):
+                self._add_layer(call, folded.get(call.name), state, fake, traced)
+        self._empty_unused_(traced)
+
+    @torch.no_grad()
+    def _add_layer(
+        self,
+        call: Call,
+        norm: Call | None,
+        state: dict[str, Tensor],
+        fake: FakeQuantization | None,
+        traced: Trace,
+    ) -> None:
+        """Make one layer's constants: folded, and integer where it is quantized."""
+        weight = state[call.state.get(1, call.state.get("weight", ""))].detach()
+        bias_path = call.state.get(2, call.state.get("bias"))
+        bias = state[bias_path].detach().clone() if bias_path is not None else None
+        factor = None
+        if norm is not None:
+            factor, shift = _norm_as_affine(norm, state)
+            bias = (torch.zeros_like(shift) if bias is None else bias) * factor + shift
+        at = f"layer{len(self.layers)}"
+        names = _Weights(f"{at}_weight", None if bias is None else f"{at}_bias")
+        if call.name not in self.sites.weights:
+            assert factor is not None
+            self.register_buffer(names.weight, weight * _spread(factor, weight))
+        else:
+            assert fake is not None
+            quantizer, _ = fake.sites.weights[call.name]
+            fake.fit_weight_(quantizer, weight)
+            grid = fake[quantizer].grid
+            if not (grid.symmetric and (grid.per_channel or factor is None)):
+                raise QuantizationError(
+                    f"{call.name}: batch-norm behind it folds only into symmetric per-channel "
+                    "weights; fold it before quantizing or use such a scheme"
+                )
+            scale, zero_point = fake[quantizer].qparams()
+            integers = grid.quantize(weight, scale, zero_point)
+            if factor is not None:
+                integers = integers * _spread(factor.sign(), weight)
+                scale = torch.where(factor == 0, torch.ones_like(scale), scale * factor.abs())
+            self.register_buffer(names.weight, integers.to(torch.int8))
+            names.scale, names.grid = f"{at}_scale", grid
+            self._add_scale(names.scale, scale, weight.shape[grid.axis])
+            source = fake.sites.source(call, traced)
+            if bias is not None and fake.scheme.bias_bits == 32 and source is not None:
+                names.bias_scale = f"{at}_bias_scale"
+                bias_scale = scale * self.roundings[source].scale
+                self._add_scale(names.bias_scale, bias_scale, len(bias))
+                bias = (bias / bias_scale).double().round().clamp(-_INT32, _INT32).to(torch.int32)
+        if names.bias is not None:
+            self.register_buffer(names.bias, bias)
+        self.layers[call.name] = names
+
+    def _empty_unused_(self, traced: Trace) -> None:
+        """Drop the tensors that constants have replaced, so that no file carries them twice."""
+        replaced, needed = set[str](), set[str]()
+        for call in traced.calls:
+            gone = call.name in self.layers or call.name in self.skipped
+            (replaced if gone else needed).update(call.state.values())
+        for path in replaced - needed:
+            owner, _, name = path.rpartition(".")
+            module = self.network.get_submodule(owner)
+            tensor = getattr(module, name)
+            empty = torch.empty(0, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False) if is_parameter else empty)
+
+    def constants(self, names: _Weights) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of one layer, dequantized in the graph where they are integers."""
+        weight = getattr(self, names.weight)
+        bias = None if names.bias is None else getattr(self, names.bias)
+        if names.grid is not None and names.scale is not None:
+            grid = names.grid
+            weight = self._dequantized(weight, names.scale, grid.axis, grid.qmin, grid.qmax)
+        if bias is not None and names.bias_scale is not None:
+            bias = self._dequantized(bias, names.bias_scale, 0, -_INT32, _INT32)
+        return weight, bias
+
+    def _dequantized(self, q: Tensor, scale: str, axis: int, qmin: int, qmax: int) -> Tensor:
+        zeros = getattr(self, f"{scale}_zeros")
+        return _ops.dequantize_per_channel(
+            q, getattr(self, scale), zeros, axis, qmin, qmax, q.dtype
+        )
+
+    def _add_scale(self, name: str, scale: Tensor, channels: int) -> None:
+        scale = scale.reshape(-1).expand(channels).contiguous()
+        self.register_buffer(name, scale)
+        self.register_buffer(f"{name}_zeros", torch.zeros(channels, dtype=torch.int64))
+
+    def forward(self, *args: Any) -> Any:
+        """The model's outputs, computed as on the device."""
+        with _FinishedMode(self):
+            return self.network(*args)
+
+
+def _spread(per_channel: Tensor, weight: Tensor) -> Tensor:
+    return per_channel.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _foldable(traced: Trace) -> dict[str, Call]:
+    """Layer call -> the batch-norm call that reads its output and nobody else does."""
+    readers = traced.readers()
+    found = {}
+    for call in traced.calls:
+        if call.op not in _FOLDS_INTO or (1 not in call.state and "weight" not in call.state):
+            continue
+        behind = readers.get(call.outputs[0], [])
+        flat = call.op != "linear" or len(call.shape) == 2
+        if len(behind) == 1 and call.outputs[0] not in traced.outputs and flat:
+            norm = behind[0]
+            has_statistics = 1 in norm.state or "running_mean" in norm.state
+            if norm.op == "batch_norm" and has_statistics:
+                found[call.name] = norm
+    return found
+
+
+def _norm_as_affine(norm: Call, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Batch-norm in evaluation mode as y = factor * x + shift, each (channels,)."""
+
+    def tensor(position: int, name: str) -> Tensor | None:
+        path = norm.state.get(position, norm.state.get(name))
+        return None if path is None else state[path].detach()
+
+    mean, variance = tensor(1, "running_mean"), tensor(2, "running_var")
+    assert mean is not None
+    assert variance is not None
+    gamma, beta = tensor(3, "weight"), tensor(4, "bias")
+    eps = norm.arguments.get(7, norm.arguments.get("eps", 1e-5))
+    factor = (1.0 if gamma is None else gamma) / (variance + eps).sqrt()
+    return factor, (0.0 if beta is None else beta) - mean * factor
+
+
+class _FinishedMode(CallMode):
+    """Replaces each call by what the device computes."""
+
+    def __init__(self, finished: _Finished) -> None:
+        super().__init__(finished.network)
+        self.finished = finished
+        self._state = {id(t) for t in [*finished.network.parameters(), *finished.network.buffers()]}
+
+    def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        finished = self.finished
+        if name in finished.skipped:
+            return args[0] if args else kwargs["input"]
+        reads = finished.sites.inputs.get(name, {})
+        layer = finished.layers.get(name)
+        if layer is not None:
+            args, kwargs = self._layer(layer, reads, args, kwargs)
+        elif reads:
+            args, kwargs = self._round_inputs(reads, (args, kwargs))
+        out = func(*args, **kwargs)
+        quantizer = finished.moved.get(name, finished.sites.outputs.get(name))
+        if quantizer is None:
+            return out
+        return map_tensors(finished.roundings[quantizer], out)
+
+    def _layer(
+        self, layer: _Weights, reads: dict[int, str], args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        x = named.pop("input")
+        if 0 in reads:
+            x = self.finished.roundings[reads[0]](x)
+        named.pop("weight")
+        named.pop("bias", None)
+        weight, bias = self.finished.constants(layer)
+        return (x, weight, bias, *args[3:]), named
+
+    def _round_inputs(self, reads: dict[int, str], arguments: Any) -> Any:
+        count = -1
+
+        def one(t: Tensor) -> Tensor:
+            nonlocal count
+            if id(t) in self._state:
+                return t
+            count += 1
+            return self.finished.roundings[reads[count]](t) if count in reads else t
+
+        return map_tensors(one, arguments)

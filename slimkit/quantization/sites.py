@@ -1,0 +1,158 @@
+"""Decides which tensors of a model are rounded, so that a backend can compute on integers."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+from slimkit.calls import WEIGHTED, Call, Trace
+from slimkit.interfaces import Scheme
+
+PAIRWISE = ("add", "mul", "sub", "div", "matmul")
+"""Operations that compute on integers only if both arguments are tensors made by the model."""
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where the fake-quantizers of one model sit.
+
+    Calls are named as `slimkit.calls.CallMode` names them.
+
+    Args:
+        inputs: call -> n -> quantizer, for the n-th tensor that the call reads.
+        outputs: call -> quantizer, for all tensors that the call makes.
+        weights: call -> (quantizer, path of the parameter).
+        skipped: call -> why it stays in float although the backend could.
+    """
+
+    inputs: dict[str, dict[int, str]] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, tuple[str, str]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def activations(self) -> list[str]:
+        """The activation quantizers, each once."""
+        read = [quantizer for reads in self.inputs.values() for quantizer in reads.values()]
+        return list(dict.fromkeys([*read, *self.outputs.values()]))
+
+    def source(self, call: Call, trace: Trace) -> str | None:
+        """The quantizer that rounds the first tensor that `call` reads."""
+        if 0 in self.inputs.get(call.name, {}):
+            return self.inputs[call.name][0]
+        for made in trace.calls:
+            if call.inputs and call.inputs[0] in made.outputs:
+                return self.outputs.get(made.name)
+        return None
+
+
+def find_sites(trace: Trace, scheme: Scheme, keep_float: Sequence[str] = ()) -> Sites:
+    """Place the quantizers that `scheme` asks for on the calls of `trace`.
+
+    Args:
+        trace: one forward of the model.
+        scheme: the backend's arithmetic.
+        keep_float: patterns of module paths or call names that stay in float.
+    """
+    skipped: dict[str, str] = {}
+    integer: dict[str, Call] = {}
+    for call in trace.calls:
+        if call.op not in scheme.operations:
+            continue
+        reason = _obstacle(call, keep_float)
+        if reason:
+            skipped[call.name] = reason
+        else:
+            integer[call.name] = call
+    if scheme.placement == "inputs":
+        inputs = {
+            name: {
+                n: f"{name}:in{n}" for n in range(1 if call.op in WEIGHTED else len(call.inputs))
+            }
+            for name, call in integer.items()
+        }
+        return Sites(inputs, {}, _weights(integer), skipped)
+    return _on_tensors(trace, scheme, integer, skipped)
+
+
+def _obstacle(call: Call, keep_float: Sequence[str]) -> str:
+    """Why a call cannot compute on integers; empty if it can."""
+    path = call.name.split(":")[0].replace("/", ".")
+    for pattern in keep_float:
+        if fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(call.name, pattern):
+            return f"kept in float by {pattern!r}"
+    if call.op in WEIGHTED:
+        if 1 not in call.state and "weight" not in call.state:
+            return "its weight is computed, not a parameter"
+        if len(call.inputs) != 1:
+            return "its input is a parameter"
+    elif call.op in PAIRWISE and len(set(call.inputs)) < 2:
+        return "one argument is a constant or both are the same tensor"
+    elif not call.inputs:
+        return "it reads no tensor of the model"
+    return ""
+
+
+def _weights(integer: dict[str, Call]) -> dict[str, tuple[str, str]]:
+    found = {}
+    for name, call in integer.items():
+        if call.op in WEIGHTED:
+            path = call.state.get(1, call.state.get("weight", ""))
+            found[name] = (f"{path.replace('.', '/')}:weight", path)
+    return found
+
+
+def _on_tensors(
+    trace: Trace, scheme: Scheme, integer: dict[str, Call], skipped: dict[str, str]
+) -> Sites:
+    """One quantizer per tensor, where the tensor is made; later readers share it."""
+    readers = trace.readers()
+    wanted: set[int] = set()  # tensors that somebody reads as integers
+    for call in reversed(trace.calls):
+        if call.name in integer:
+            wanted.update(call.inputs[:1] if call.op in WEIGHTED else call.inputs)
+        elif call.op in scheme.keeps and wanted & set(call.outputs):
+            wanted.update(call.inputs)
+
+    def fused(call: Call) -> Call | None:
+        """The one call behind `call` that the runtime merges into it."""
+        number = call.outputs[0]
+        behind = readers.get(number, [])
+        if len(call.outputs) != 1 or len(behind) != 1 or number in trace.outputs:
+            return None
+        return behind[0] if behind[0].op in scheme.fuses else None
+
+    inputs: dict[str, dict[int, str]] = {}
+    outputs: dict[str, str] = {}
+    rounded: dict[int, str] = {}  # tensor -> the quantizer whose grid it is on
+    for n, number in enumerate(trace.inputs):
+        if number not in wanted:
+            continue
+        rounded[number] = f"input{n}"
+        for reader in readers.get(number, []):
+            for position, read in enumerate(reader.inputs):
+                if read == number and (reader.name in integer or reader.op in scheme.keeps):
+                    inputs.setdefault(reader.name, {})[position] = f"input{n}"
+    merged: set[str] = set()
+    for call in trace.calls:
+        if call.name in merged:
+            continue
+        end = call
+        if call.name in integer:
+            while (behind := fused(end)) is not None:
+                end = behind
+                merged.add(end.name)
+        made = set(end.outputs)
+        leaves = made & trace.outputs
+        if end.op in scheme.keeps and end.inputs and end.inputs[0] in rounded:
+            if made & wanted:
+                outputs[end.name] = rounded[end.inputs[0]]
+                rounded.update(dict.fromkeys(made, rounded[end.inputs[0]]))
+        elif made & wanted or (call.name in integer and not leaves):
+            outputs[end.name] = f"{end.name}:out"
+            rounded.update(dict.fromkeys(made, outputs[end.name]))
+    return Sites(inputs, outputs, _weights(integer), skipped)
+
+

@@ -1,0 +1,404 @@
+"""The recipe: what to do to which model, as a strict tree, with YAML in and out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from slimkit.errors import RecipeError
+from slimkit.strict_yaml import load
+from slimkit.validation import Misfit, complaints
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number, not {str(value).lower()}")
+    return value
+
+
+def _widen(key: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return {key: value}
+    if isinstance(value, Mapping | BaseModel):
+        return value
+    raise ValueError(f"should be text, or a mapping with {key!r}, not {value!r}")
+
+
+def _place(value: Any) -> Any:
+    paths = [value] if isinstance(value, str) else value
+    fits = isinstance(paths, list | tuple) and all(isinstance(p, str) and p for p in paths)
+    if not fits or (paths is value and len(paths) != 2):
+        raise ValueError(
+            "should be 'output', the path of a module, or [student's path, teacher's path], "
+            f"not {value!r}"
+        )
+    return value
+
+
+def _devices(value: Any) -> Any:
+    several = value if isinstance(value, list) else [value]
+    kinds = int if isinstance(value, list) else int | str
+    if any(isinstance(device, bool) or not isinstance(device, kinds) for device in several):
+        raise ValueError(f"should be a number, 'auto' or a list of numbers, not {value!r}")
+    return value
+
+
+def _import_path(value: str) -> str:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+        raise ValueError(f"should look like 'package.module:name', not {value!r}")
+    return value
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+_NUMBER = BeforeValidator(_no_bool)
+Count = Annotated[int, Field(ge=0), _NUMBER]
+Positive = Annotated[int, Field(ge=1), _NUMBER]
+Factor = Annotated[float, Field(ge=0), _NUMBER]
+Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
+NotAll = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+NotNone = Annotated[float, Field(gt=0, le=1), _NUMBER]
+OverZero = Annotated[float, Field(gt=0), _NUMBER]
+Options = Annotated[dict[str, Any], Field(description="Keyword arguments, by name.")]
+Patterns = Annotated[tuple[str, ...], Field(description="Module names, * and ? allowed.")]
+
+
+class Import(_Node):
+    """A function or class of the user's, and what to call it with."""
+
+    target: Annotated[str, AfterValidator(_import_path)] = Field(
+        description="package.module:name of a function or class."
+    )
+    options: Options = {}
+
+
+class PluginRef(_Node):
+    """A plugin by name, with options for its constructor."""
+
+    name: str = Field(description="What `slimkit list-plugins` calls it.")
+    options: Options = {}
+
+
+class Loss(PluginRef):
+    """A distillation loss, where it is applied, and its share."""
+
+    at: Annotated[str | tuple[str, str], BeforeValidator(_place)] = Field(
+        default="output",
+        description="Whose tensors to compare: 'output', the path of a module, or the student's "
+        "and the teacher's path.",
+    )
+    weight: Factor = Field(default=1.0, description="Factor in the sum of losses.")
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """Where the student's and where the teacher's tensor is taken."""
+        return (self.at, self.at) if isinstance(self.at, str) else self.at
+
+
+class Metric(_Node):
+    """The validation metric that accuracy gates are about."""
+
+    name: str = Field(description="As the LightningModule logs it, such as val_accuracy.")
+    mode: Literal["max", "min"] = Field(
+        default="max", description="Whether larger or smaller is better."
+    )
+
+
+def _named(schema: Any) -> Any:
+    """Lets bare text stand for a mapping with only a name."""
+    return BeforeValidator(lambda value: _widen("name", value), json_schema_input_type=schema)
+
+
+AnImport = Annotated[
+    Import,
+    BeforeValidator(lambda value: _widen("target", value), json_schema_input_type=str | Import),
+]
+APlugin = Annotated[PluginRef, _named(str | PluginRef)]
+ALoss = Annotated[Loss, _named(str | Loss)]
+AMetric = Annotated[Metric, _named(str | Metric)]
+
+
+class Optimizer(_Node):
+    """The optimizer of a plain nn.Module; a LightningModule brings its own."""
+
+    name: Literal["sgd", "adamw"] = Field(default="sgd", description="Which algorithm.")
+    lr: OverZero = Field(default=0.01, description="Learning rate after warm-up.")
+    momentum: NotAll = Field(default=0.9, description="Only used by sgd.")
+    weight_decay: Factor = Field(default=5e-4, description="Decay of all weights.")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="After warm-up.")
+    warmup: Fraction = Field(
+        default=0.05, description="Fraction of the steps until `lr` is reached."
+    )
+
+
+class Pretrain(_Node):
+    """Train the dense model first, where the model function returns an untrained one."""
+
+    max_epochs: Positive = Field(description="How many epochs.")
+    optimizer: Optimizer = Field(default=Optimizer(), description="Used for this training only.")
+
+
+class Target(_Node):
+    """How far to prune: exactly one of the three."""
+
+    flops: NotNone | None = Field(
+        default=None, description="Fraction of the multiply-adds that is left; 0.5 halves them."
+    )
+    params: NotNone | None = Field(
+        default=None, description="Fraction of the parameters that is left."
+    )
+    ratio: NotAll | None = Field(
+        default=None, description="Fraction of the channels that is removed."
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self._given()) != 1:
+            given = " and ".join(self._given()) or "none of them"
+            raise ValueError(f"needs exactly one of flops, params and ratio, not {given}")
+        return self
+
+    def _given(self) -> dict[str, float]:
+        return {name: value for name, value in self if value is not None}
+
+    @property
+    def kind(self) -> str:
+        """Which of the three is given: flops, params or ratio."""
+        return next(iter(self._given()))
+
+    @property
+    def value(self) -> float:
+        """The fraction that is given."""
+        return next(iter(self._given().values()))
+
+
+class Prune(_Node):
+    """Remove channels during a part of the training."""
+
+    criterion: APlugin = Field(
+        default=PluginRef(name="l1"), description="What makes a channel important."
+    )
+    granularity: Literal["channel"] = Field(
+        default="channel", description="What is removed as a whole."
+    )
+    target: Target = Field(description="How far to prune.")
+    during: tuple[Fraction, Fraction] = Field(
+        default=(0.0, 0.4), description="Begin and end, as fractions of the training."
+    )
+    steps: Positive = Field(
+        default=10, description="How often more is masked between begin and end."
+    )
+    schedule: Literal["cubic", "linear", "one-shot"] = Field(
+        default="cubic", description="How the pruned fraction grows between begin and end."
+    )
+    protect: Patterns = Field(
+        default=(), description="Modules that keep all channels; * and ? allowed."
+    )
+    round_to: Positive = Field(default=1, description="Keep a multiple of this many channels.")
+    min_channels: Positive = Field(default=1, description="Keep at least this many channels.")
+    batchnorm_batches: Count = Field(
+        default=20,
+        description="Batches to re-estimate batch-norm statistics with after the cut; 0: off.",
+    )
+    data_batches: Positive = Field(
+        default=8, description="Batches for criteria that need gradients."
+    )
+
+    @field_validator("during")
+    @classmethod
+    def _in_order(cls, during: tuple[float, float]) -> tuple[float, float]:
+        if during[0] > during[1]:
+            raise ValueError(f"should begin before it ends, not {list(during)}")
+        return during
+
+
+class Distill(_Node):
+    """What the compressed model learns from a teacher."""
+
+    teacher: Literal["dense"] = Field(default="dense", description="The model as it was before.")
+    losses: tuple[ALoss, ...] = Field(
+        default=(Loss(name="kl", options={"temperature": 4.0}, weight=0.5),),
+        description="What is minimised next to the task's own loss.",
+        json_schema_extra={"minItems": 1},
+    )
+    label_weight: Factor = Field(default=1.0, description="Factor of the task's own loss.")
+
+    @field_validator("losses")
+    @classmethod
+    def _some(cls, losses: tuple[Loss, ...]) -> tuple[Loss, ...]:
+        if not losses:
+            raise ValueError("names no loss; write 'distill: false' to learn from the labels only")
+        return losses
+
+
+class Quantize(_Node):
+    """Round weights and activations to the integers of the backends."""
+
+    weights: APlugin = Field(default=PluginRef(name="minmax"), description="Quantizer of weights.")
+    activations: APlugin = Field(
+        default=PluginRef(name="percentile"), description="Quantizer of activations."
+    )
+    train_from: NotAll | None = Field(
+        default=None,
+        description="Fraction of the training after which rounding is on; null: only after.",
+    )
+    calibration_batches: Positive = Field(
+        default=16, description="Training batches for the ranges."
+    )
+    keep_float: Patterns = Field(
+        default=(), description="Modules that stay float; * and ? allowed."
+    )
+
+
+class Gates(_Node):
+    """What the deployed file must reach, or the run fails with exit code 3."""
+
+    accuracy_drop: Factor | None = Field(
+        default=None,
+        description="Largest drop of the deployed file's metric against the dense model's, in the "
+        "metric's own unit: 0.01 is one point of an accuracy between 0 and 1.",
+    )
+    macs_ratio: NotNone | None = Field(
+        default=None, description="Largest multiply-adds of the compressed over the dense model."
+    )
+    params_ratio: NotNone | None = Field(
+        default=None, description="Largest parameter count of the compressed over the dense model."
+    )
+    latency_ratio: OverZero | None = Field(
+        default=None,
+        description="Largest latency of the deployed file over the dense float file on the same "
+        "runtime.",
+    )
+    size_ratio: OverZero | None = Field(
+        default=None, description="Largest size of the deployed file over the dense float file's."
+    )
+    agreement: Fraction | None = Field(
+        default=None,
+        description="Smallest fraction of inputs where the deployed file's top-1 answer is the "
+        "simulation's.",
+    )
+
+
+class Trainer(BaseModel):
+    """Arguments of Lightning's Trainer; any further one may be given."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    max_epochs: Count = Field(
+        default=10, description="0 prunes at once and quantizes after training."
+    )
+    seed: Count = Field(default=0, description="Of all random numbers; not an argument of Trainer.")
+    accelerator: str = Field(default="auto", description="cpu, gpu, auto ...")
+    devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = Field(
+        default="auto", description="How many or which."
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What to call Trainer with."""
+        return self.model_dump(exclude={"seed"})
+
+
+class Recipe(_Node):
+    """One compression run, from a trained model to files that a device runs."""
+
+    version: Literal[1] = Field(default=1, description="Of this format.")
+    model: AnImport = Field(description="Returns an nn.Module, or a LightningModule.")
+    data: AnImport = Field(description="Returns a LightningDataModule.")
+    task: Literal["classification"] | None = Field(
+        default=None,
+        description="Gives an nn.Module its loss and metric; a LightningModule has its own.",
+    )
+    metric: AMetric | None = Field(default=None, description="null: the first validation metric.")
+    weights: Path | None = Field(
+        default=None,
+        description="State dict to load into the model; relative to the current folder.",
+    )
+    pretrain: Pretrain | None = Field(default=None, description="Train the dense model first.")
+    output: Path | None = Field(
+        default=None, description="Folder; null: runs/ and the recipe's name."
+    )
+    prune: Prune | None = Field(default=None, description="Remove channels.")
+    distill: Distill | None = Field(
+        default=Distill(), description="Learn from the dense model; false or null turns it off."
+    )
+    quantize: Quantize | None = Field(default=None, description="Compute in integers.")
+    export: tuple[APlugin, ...] = Field(
+        default=(PluginRef(name="onnxruntime"),),
+        description="Backends to make files for.",
+        json_schema_extra={"minItems": 1},
+    )
+    gates: Gates = Field(default=Gates(), description="What the deployed files must reach.")
+    optimizer: Optimizer = Field(
+        default=Optimizer(), description="Used where the model is an nn.Module."
+    )
+    trainer: Trainer = Field(default=Trainer(), description="Arguments of Lightning's Trainer.")
+
+    @field_validator("distill", mode="before")
+    @classmethod
+    def _off(cls, distill: Any) -> Any:
+        return None if distill is False else distill
+
+    @field_validator("export")
+    @classmethod
+    def _each_once(cls, export: tuple[PluginRef, ...]) -> tuple[PluginRef, ...]:
+        if not export:
+            raise ValueError("names no backend; see 'slimkit list-plugins --kind backend'")
+        names = [backend.name for backend in export]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} more than once")
+        return export
+
+    @model_validator(mode="after")
+    def _quantize_after_the_cut(self) -> Self:
+        if self.prune and self.quantize and self.quantize.train_from is not None:
+            begin, end = self.quantize.train_from, self.prune.during[1]
+            if begin < end:
+                raise Misfit(
+                    "quantize.train_from",
+                    f"should not be before the end of prune.during ({end}), not {begin}",
+                )
+        return self
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The recipe in a YAML file; raises `RecipeError` with every problem in it."""
+        document = load(path)
+        try:
+            return cls.parse(document)
+        except RecipeError as error:
+            raise RecipeError(f"{path} cannot be used:", error.problems) from error
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> Self:
+        """The recipe in a mapping; raises `RecipeError` with every problem in it."""
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise RecipeError("the recipe cannot be used:", complaints(error, cls)) from error
+
+    def to_yaml(self) -> str:
+        """The whole recipe with all defaults, such that `parse` gives it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema of the YAML file, for editors."""
+        return cls.model_json_schema()

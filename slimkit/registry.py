@@ -1,0 +1,284 @@
+"""Finds plugins without importing them, isolates broken ones, and loads the one that is asked for.
+
+The only file that knows pluggy. Built-ins and third parties come through the same hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import Distribution, EntryPoint, distribution, distributions, version
+from typing import Any
+
+import pluggy
+
+from slimkit import hookspecs
+from slimkit.errors import PluginError, SlimkitError, did_you_mean
+from slimkit.hookspecs import Plugin
+
+GROUP = "slimkit"
+BUILTIN = "slimkit.builtin"
+
+_HOOKS = {
+    "criterion": "slimkit_criteria",
+    "quantizer": "slimkit_quantizers",
+    "loss": "slimkit_losses",
+    "backend": "slimkit_backends",
+}
+_BASES = {
+    "criterion": "Criterion",
+    "quantizer": "Quantizer",
+    "loss": "DistillationLoss",
+    "backend": "Backend",
+}
+kinds = tuple(_HOOKS)
+
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A plugin that can be named in a recipe, and the package that it came with."""
+
+    kind: str
+    name: str
+    target: str
+    summary: str
+    package: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r} of {self.package} {self.version}"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An entry point, or one record of it, that cannot be used, and why (one line)."""
+
+    package: str
+    version: str
+    entry_point: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version} (entry point {self.entry_point!r}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What is installed.
+
+    Args:
+        plugins: everything that works, built-ins first.
+        broken: third parties that do not.
+        left_out: entry-point names that SLIMKIT_PLUGINS excludes.
+    """
+
+    plugins: tuple[Listed, ...]
+    broken: tuple[Broken, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def find(self, kind: str, name: str) -> Listed:
+        """The plugin called `name`; raises `PluginError` with the nearest name if there is none."""
+        known = {plugin.name: plugin for plugin in self.plugins if plugin.kind == kind}
+        if name in known:
+            return known[name]
+        message = f"no {kind} is called {name!r}{did_you_mean(name, known)}"
+        raise PluginError("\n  ".join([message, *self.absent()]))
+
+    def absent(self) -> list[str]:
+        """One line for each package that is installed but gives nothing, with the reason."""
+        lines = [f"broken: {broken}" for broken in self.broken]
+        if self.left_out:
+            lines.append(f"left out by SLIMKIT_PLUGINS: {', '.join(self.left_out)}")
+        return lines
+
+    def load_class(self, kind: str, name: str) -> type[Any]:
+        """Import the class of a plugin; errors name kind, plugin, package and version."""
+        plugin = self.find(kind, name)
+        module, _, attribute = plugin.target.partition(":")
+        with blame(plugin, f"importing {plugin.target}"):
+            found = getattr(import_module(module), attribute)
+        # Compared by name: importing the interfaces is up to the plugin, they need torch.
+        ancestors = [(c.__module__, c.__name__) for c in getattr(found, "__mro__", ())]
+        if ("slimkit.interfaces", _BASES[kind]) not in ancestors:
+            base = f"slimkit.interfaces.{_BASES[kind]}"
+            raise PluginError(f"{plugin}: {plugin.target} is no subclass of {base}")
+        return found
+
+    def create(
+        self, kind: str, name: str, options: Mapping[str, Any] | None = None, *args: object
+    ) -> Any:
+        """Build a plugin from its options, validated against its constructor's annotations.
+
+        Args:
+            kind: one of `kinds`.
+            name: what the recipe calls it.
+            options: keyword-only arguments of the constructor.
+            *args: what slimkit itself passes first (a quantizer's grid).
+        """
+        from slimkit.validation import fit, option_types
+
+        plugin, cls = self.find(kind, name), self.load_class(kind, name)
+        with blame(plugin, "reading its options"):
+            values, problems = fit(options or {}, *option_types(cls))
+        if problems:
+            raise PluginError("\n  ".join([f"options of {plugin}:", *map(str, problems)]))
+        with blame(plugin, "constructing it"):
+            return cls(*args, **values)
+
+
+@contextlib.contextmanager
+def blame(plugin: Listed, doing: str) -> Iterator[None]:
+    """Raise what fails inside as a `PluginError` that names the plugin, from the original.
+
+    Errors that slimkit raised on purpose pass unchanged.
+    """
+    try:
+        yield
+    except SlimkitError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{plugin} failed while {doing}: {_told(error)}") from error
+
+
+@cache
+def discover() -> Registry:
+    """Everything that is installed; runs the hooks of every package once a process."""
+    own = [_listed(kind, r, GROUP, version(GROUP)) for kind, r in _records(import_module(BUILTIN))]
+    found, broken, left_out = _third_parties()
+    claims: dict[tuple[str, str], list[Listed]] = {}
+    for plugin in [*own, *(plugin for plugin, _ in found)]:
+        claims.setdefault((plugin.kind, plugin.name), []).append(plugin)
+    working = list(own)
+    for plugin, entry_point in found:
+        owners = claims[plugin.kind, plugin.name]
+        if len(owners) == 1:
+            working.append(plugin)
+        else:
+            broken.append(
+                Broken(
+                    plugin.package, plugin.version, entry_point, _clash(owners, owners[0] in own)
+                )
+            )
+    return Registry(tuple(working), tuple(broken), tuple(left_out))
+
+
+def _clash(owners: list[Listed], builtin_wins: bool) -> str:
+    """Why a name cannot be used. Strangers never win: installing one must not change a recipe."""
+    claimed = f"{owners[0].kind} {owners[0].name!r} is claimed by "
+    claimed += " and ".join(f"{owner.package} {owner.version}" for owner in owners)
+    if builtin_wins:
+        return f"{claimed}; the built-in wins"
+    return f"{claimed}; uninstall one, or leave one out with SLIMKIT_PLUGINS"
+
+
+def _third_parties() -> tuple[list[tuple[Listed, str]], list[Broken], list[str]]:
+    """Plugins with their entry point's name, what is broken, and what SLIMKIT_PLUGINS excludes."""
+    only = os.environ.get("SLIMKIT_PLUGINS")
+    wanted = None if only is None else {name.strip() for name in only.split(",")}
+    found: list[tuple[Listed, str]] = []
+    broken: list[Broken] = []
+    left_out: list[str] = []
+    for package, entry_point in _entry_points(broken):
+        source = (package.name, package.version, entry_point.name)
+        if wanted is not None and entry_point.name not in wanted:
+            left_out.append(entry_point.name)
+            continue
+        try:
+            # What a package prints while it is imported must not end up in our --json output.
+            with contextlib.redirect_stdout(sys.stderr):
+                records = _records(entry_point.load())
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a package may even raise SystemExit at import
+            broken.append(Broken(*source, _told(error)))
+            continue
+        for kind, record in records:
+            flaw = _flaw(kind, record)
+            if flaw:
+                broken.append(Broken(*source, flaw))
+            else:
+                found.append((_listed(kind, record, *source[:2]), entry_point.name))
+    return found, broken, left_out
+
+
+def _entry_points(broken: list[Broken]) -> Iterator[tuple[Distribution, EntryPoint]]:
+    """Each entry point of our group by package name; a package that cannot be read is `broken`."""
+    names: set[str] = set()
+    for package in distributions():
+        with contextlib.suppress(UnicodeDecodeError):  # not ours: pip would refuse such a package
+            if f"[{GROUP}]" in (package.read_text("entry_points.txt") or ""):
+                names.add(re.sub(r"[-_.]+", "-", package.name or "").lower())
+    for name in sorted(names - {""}):
+        package = distribution(name)  # of two versions, the one that Python imports
+        try:
+            mine = [point for point in package.entry_points if point.group == GROUP]
+        except Exception as error:
+            broken.append(Broken(name, package.version, "", f"entry_points.txt: {_told(error)}"))
+        else:
+            yield from ((package, point) for point in sorted(mine, key=lambda point: point.name))
+
+
+def _records(source: object) -> list[tuple[str, Any]]:
+    """What the hooks of one module yield, with the kind; raises whatever they raise.
+
+    One manager for each source: a failed registration or a raising hook reaches nobody else.
+    """
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    manager.register(source)
+    hooks = manager.get_hookcallers(source)
+    if not hooks:
+        raise PluginError(f"implements none of the hooks {', '.join(_HOOKS.values())}")
+    for hook in hooks:
+        if not hook.has_spec():
+            near = did_you_mean(hook.name, _HOOKS.values())
+            raise PluginError(f"no hook is called {hook.name!r}{near}")
+    records = [
+        (kind, record)
+        for kind, hook in _HOOKS.items()
+        for answer in getattr(manager.hook, hook)()
+        for record in answer
+    ]
+    if not records:
+        raise PluginError("its hooks yield no plugin")
+    return records
+
+
+def _flaw(kind: str, record: object) -> str | None:
+    """What is wrong with one record of a stranger's hook."""
+    if not isinstance(record, Plugin):
+        return f"{_HOOKS[kind]} yielded a {type(record).__name__}, not a slimkit.hookspecs.Plugin"
+    for field in ("name", "target", "summary"):
+        if not isinstance(getattr(record, field), str):
+            return f"{field} of a {kind} is {getattr(record, field)!r}, not a string"
+    if not _NAME.fullmatch(record.name):
+        return f"{kind} name {record.name!r} is not in kebab-case, such as 'my-{kind}'"
+    if not _TARGET.fullmatch(record.target):
+        return f"target {record.target!r} of {kind} {record.name!r} is not 'package.module:Class'"
+    if not record.summary.strip() or len(record.summary.splitlines()) > 1:
+        return f"summary of {kind} {record.name!r} is not one line of text"
+    return None
+
+
+def _listed(kind: str, record: Plugin, package: str, version: str) -> Listed:
+    return Listed(kind, record.name, record.target, record.summary, package, version)
+
+
+def _told(error: BaseException) -> str:
+    """Type and message of an error on one line."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        message = "(its message cannot be printed)"
+    if isinstance(error, SlimkitError):
+        return message
+    return f"{type(error).__name__}: {message}"

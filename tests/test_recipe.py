@@ -1,0 +1,272 @@
+"""Recipes: defaults, round trips, and every problem at once with its path."""
+
+import math
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimkit.errors import RecipeError
+from slimkit.recipe import Recipe
+
+BASE = {"model": "project.models:resnet", "data": "project.data:cifar"}
+FULL = {
+    **BASE,
+    "model": {"target": "project.models:resnet", "options": {"depth": 56}},
+    "task": "classification",
+    "metric": "val_accuracy",
+    "weights": "dense.pt",
+    "pretrain": {"max_epochs": 3, "optimizer": {"lr": "1e-3"}},
+    "prune": {"criterion": "taylor", "target": {"flops": 0.5}, "protect": ["conv1"]},
+    "distill": {"losses": ["kl", {"name": "feature-mse", "at": ["layer3", "layer4"]}]},
+    "quantize": {"activations": {"name": "percentile", "options": {"percentile": 99.9}}},
+    "export": ["onnxruntime", {"name": "ncnn"}],
+    "gates": {"accuracy_drop": 0.01, "latency_ratio": 1.2},
+    "trainer": {"max_epochs": 0, "precision": "bf16-mixed"},
+}
+
+
+def with_(path, value):
+    """The smallest recipe with one key set, by its dotted path."""
+    document = {**BASE, "prune": {"target": {"flops": 0.5}}}
+    *parents, last = path.split(".")
+    node = document
+    for key in parents:
+        node = node.setdefault(key, {})
+    node[last] = value
+    return document
+
+
+def problems(document):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(document)
+    return {problem.path: problem.message for problem in caught.value.problems}
+
+
+def test_the_smallest_recipe_has_working_defaults():
+    recipe = Recipe.parse(BASE)
+    assert recipe.prune is None
+    assert recipe.quantize is None
+    assert [(loss.name, loss.at, loss.weight) for loss in recipe.distill.losses] == [
+        ("kl", "output", 0.5)
+    ]
+    assert [backend.name for backend in recipe.export] == ["onnxruntime"]
+    assert recipe.trainer.arguments == {"max_epochs": 10, "accelerator": "auto", "devices": "auto"}
+
+
+def test_bare_names_and_mappings_mean_the_same():
+    recipe = Recipe.parse(FULL)
+    assert recipe.prune.criterion.name == "taylor"
+    assert recipe.data.target == "project.data:cifar"
+    assert (recipe.metric.name, recipe.metric.mode) == ("val_accuracy", "max")
+    assert recipe.export[1].name == "ncnn"
+
+
+def test_a_target_tells_its_kind_and_value():
+    target = Recipe.parse(FULL).prune.target
+    assert (target.kind, target.value) == ("flops", 0.5)
+
+
+def test_a_loss_is_between_the_student_and_the_teachers_place():
+    assert [loss.places for loss in Recipe.parse(FULL).distill.losses] == [
+        ("output", "output"),
+        ("layer3", "layer4"),
+    ]
+
+
+def test_further_trainer_arguments_are_kept():
+    arguments = Recipe.parse(FULL).trainer.arguments
+    assert arguments["precision"] == "bf16-mixed"
+    assert "seed" not in arguments
+
+
+@pytest.mark.parametrize("off", [False, None])
+def test_distillation_can_be_turned_off(off):
+    assert Recipe.parse({**BASE, "distill": off}).distill is None
+
+
+@pytest.mark.parametrize("document", [BASE, FULL, {**FULL, "distill": False}])
+def test_yaml_round_trip_gives_the_same_recipe(document, tmp_path):
+    recipe = Recipe.parse(document)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.read(path) == recipe
+
+
+@given(st.floats(0, 1, exclude_min=True), st.floats(1e-9, 1e9), st.text(min_size=1, max_size=20))
+def test_any_number_and_text_survives_the_round_trip(flops, lr, pattern):
+    recipe = Recipe.parse(
+        {
+            **BASE,
+            "prune": {"target": {"flops": flops}, "protect": [pattern]},
+            "optimizer": {"lr": lr},
+        }
+    )
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_numbers_may_be_written_as_yaml_misreads_them():
+    assert yaml.safe_load("1e-3") == "1e-3"  # YAML 1.1 wants a dot
+    assert Recipe.parse(FULL).pretrain.optimizer.lr == 0.001
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe.parse(BASE).version = 2
+
+
+REFUSED = {
+    "prune.target.flops": [0, 1.01, -0.5, math.nan, True, "half"],
+    "prune.target": [{}, {"flops": 0.5, "ratio": 0.5}, {"flops": None}],
+    "prune.during": [[0.5, 0.4], 0.4],
+    "prune.steps": [0, 2.5, True],
+    "prune.schedule": ["cosine"],
+    "prune.granularity": ["2:4"],
+    "prune.round_to": [0],
+    "prune.min_channels": [0],
+    "prune.batchnorm_batches": [-1],
+    "prune.data_batches": [0],
+    "prune.protect": ["conv1"],
+    "prune.criterion": [3, ["l1"], None],
+    "distill": [True],
+    "distill.losses": [[], "kl"],
+    "distill.teacher": ["other"],
+    "distill.label_weight": [-1],
+    "quantize.train_from": [1.0, -0.1, 0.3],
+    "quantize.calibration_batches": [0],
+    "export": [[], ["ncnn", "ncnn"], "ncnn"],
+    "gates.accuracy_drop": [-0.1],
+    "gates.macs_ratio": [0, 1.5],
+    "gates.params_ratio": [0, 1.5],
+    "gates.latency_ratio": [0],
+    "gates.size_ratio": [0],
+    "gates.agreement": [1.5, -0.1],
+    "optimizer.lr": [0],
+    "optimizer.momentum": [1],
+    "optimizer.warmup": [2],
+    "pretrain.max_epochs": [0],
+    "trainer.max_epochs": [-1, True, None],
+    "trainer.devices": [True, ["a"], {}],
+    "trainer": [3],
+    "version": [2],
+    "task": ["detection"],
+    "model": [3],
+}
+CASES = [(path, value) for path, values in REFUSED.items() for value in values]
+
+
+@pytest.mark.parametrize(("path", "value"), CASES, ids=[f"{p}={v}" for p, v in CASES])
+def test_a_value_out_of_bounds_is_one_problem_at_its_path(path, value):
+    assert list(problems(with_(path, value))) == [path]
+
+
+def test_an_item_of_a_list_has_its_index_in_the_path():
+    assert list(problems(with_("prune.during", [0.1]))) == ["prune.during[1]"]
+    assert list(problems(with_("prune.during", [False, 2]))) == [
+        "prune.during[0]",
+        "prune.during[1]",
+    ]
+
+
+@pytest.mark.parametrize("target", ["resnet", "project.models", "a:b:c", "a.b:", "./a.py:b"])
+def test_an_import_path_has_a_module_and_a_name(target):
+    assert "package.module:name" in problems({**BASE, "model": target})["model.target"]
+
+
+UNKNOWN = {
+    "modle": "model",
+    "prune.critrion": "criterion",
+    "prune.target.flop": "flops",
+    "optimizer.learn_rate": "lr, momentum",
+    "gates.acuracy_drop": "accuracy_drop",
+    "quantize.weight": "weights",
+}
+
+
+@pytest.mark.parametrize(("path", "near"), UNKNOWN.items())
+def test_an_unknown_key_is_refused_with_the_nearest_one(path, near):
+    message = problems(with_(path, 1))[path]
+    assert message.startswith("no such key")
+    assert near in message
+
+
+def test_an_unknown_key_in_a_list_and_in_the_bare_form_is_found():
+    document = {**BASE, "export": [{"nmae": "ncnn"}], "metric": {"name": "a", "modus": "max"}}
+    found = problems(document)
+    assert found["export[0].nmae"] == "no such key; did you mean 'name'?"
+    assert found["metric.modus"] == "no such key; did you mean 'mode'?"
+
+
+def test_all_problems_come_at_once():
+    found = problems({"prune": {"target": {"flops": 2}}, "gates": {"x": 1}})
+    assert set(found) == {"model", "data", "prune.target.flops", "gates.x"}
+    assert found["model"] == "is required"
+
+
+def test_rounding_cannot_begin_before_pruning_has_ended():
+    document = with_("quantize.train_from", 0.3)
+    assert "the end of prune.during (0.4)" in problems(document)["quantize.train_from"]
+    assert Recipe.parse({**document, "prune": None}).quantize.train_from == 0.3
+
+
+FILES = {
+    "empty": ("", "is empty; a recipe is a mapping"),
+    "only a comment": ("# nothing", "is empty"),
+    "no mapping": ("- a\n- b\n", "holds a list"),
+    "syntax": ("model: a\n  data: [b\n", "line 2"),
+    "tab": ("model:\n\tdata: b", "line 2"),
+    "two documents": ("a: 1\n---\nb: 2", "line 2"),
+    "python object": ("model: !!python/name:os.system", "line 1"),
+    "control character": ("model: \x07", "no valid YAML"),
+    "key twice": ("model: a\nprune:\n  steps: 1\n  steps: 2\n", "prune.steps: is given twice"),
+    "key twice in a list": ("export:\n- name: a\n  name: b", "in lines 2 and 3"),
+    "latin-1": (b"model: \xe9", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), FILES.values(), ids=FILES)
+def test_a_file_that_is_no_recipe_is_refused_with_file_and_reason(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_an_alias_to_its_own_parent_ends(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("prune: &a\n  protect: *a\n")
+    with pytest.raises(RecipeError, match=r"prune\.target: is required"):
+        Recipe.read(path)
+
+
+def test_anchors_and_merges_are_no_duplicates(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    text = "model: a:b\ndata: a:b\nexport: [&n {name: ncnn}, {<<: *n, name: torch}]"
+    path.write_text(text)
+    assert [backend.name for backend in Recipe.read(path).export] == ["ncnn", "torch"]
+
+
+def test_a_missing_file_gets_the_nearest_name(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(RecipeError, match=r"there is no recipe .*did you mean 'recipe.yaml'"):
+        Recipe.read(tmp_path / "recpie.yaml")
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.read(tmp_path)
+
+
+def test_the_json_schema_describes_every_key_and_allows_bare_names():
+    schema = Recipe.json_schema()
+    nodes = [schema, *schema["$defs"].values()]
+    for node in nodes:
+        for name, key in node["properties"].items():
+            assert key.get("description"), f"{node['title']}.{name}"
+    criterion = schema["$defs"]["Prune"]["properties"]["criterion"]
+    assert {"type": "string"} in criterion["anyOf"]
+    assert schema["$defs"]["Gates"]["properties"]["agreement"]["anyOf"][0]["maximum"] == 1
+    assert schema["additionalProperties"] is False
