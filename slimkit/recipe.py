@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -20,71 +17,33 @@ from pydantic import (
 )
 
 from slimkit.errors import RecipeError
+from slimkit.fields import (
+    Count,
+    Devices,
+    Factor,
+    Fraction,
+    ImportPath,
+    NotAll,
+    NotNone,
+    Options,
+    OverZero,
+    Patterns,
+    Place,
+    Positive,
+    bare,
+)
 from slimkit.strict_yaml import load
 from slimkit.validation import Misfit, complaints
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"should be a number, not {str(value).lower()}")
-    return value
-
-
-def _widen(key: str, value: Any) -> Any:
-    if isinstance(value, str):
-        return {key: value}
-    if isinstance(value, Mapping | BaseModel):
-        return value
-    raise ValueError(f"should be text, or a mapping with {key!r}, not {value!r}")
-
-
-def _place(value: Any) -> Any:
-    paths = [value] if isinstance(value, str) else value
-    fits = isinstance(paths, list | tuple) and all(isinstance(p, str) and p for p in paths)
-    if not fits or (paths is value and len(paths) != 2):
-        raise ValueError(
-            "should be 'output', the path of a module, or [student's path, teacher's path], "
-            f"not {value!r}"
-        )
-    return value
-
-
-def _devices(value: Any) -> Any:
-    several = value if isinstance(value, list) else [value]
-    kinds = int if isinstance(value, list) else int | str
-    if any(isinstance(device, bool) or not isinstance(device, kinds) for device in several):
-        raise ValueError(f"should be a number, 'auto' or a list of numbers, not {value!r}")
-    return value
-
-
-def _import_path(value: str) -> str:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
-        raise ValueError(f"should look like 'package.module:name', not {value!r}")
-    return value
 
 
 class _Node(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-_NUMBER = BeforeValidator(_no_bool)
-Count = Annotated[int, Field(ge=0), _NUMBER]
-Positive = Annotated[int, Field(ge=1), _NUMBER]
-Factor = Annotated[float, Field(ge=0), _NUMBER]
-Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
-NotAll = Annotated[float, Field(ge=0, lt=1), _NUMBER]
-NotNone = Annotated[float, Field(gt=0, le=1), _NUMBER]
-OverZero = Annotated[float, Field(gt=0), _NUMBER]
-Options = Annotated[dict[str, Any], Field(description="Keyword arguments, by name.")]
-Patterns = Annotated[tuple[str, ...], Field(description="Module names, * and ? allowed.")]
-
-
 class Import(_Node):
     """A function or class of the user's, and what to call it with."""
 
-    target: Annotated[str, AfterValidator(_import_path)] = Field(
-        description="package.module:name of a function or class."
-    )
+    target: ImportPath = Field(description="package.module:name of a function or class.")
     options: Options = {}
 
 
@@ -98,7 +57,7 @@ class PluginRef(_Node):
 class Loss(PluginRef):
     """A distillation loss, where it is applied, and its share."""
 
-    at: Annotated[str | tuple[str, str], BeforeValidator(_place)] = Field(
+    at: Place = Field(
         default="output",
         description="Whose tensors to compare: 'output', the path of a module, or the student's "
         "and the teacher's path.",
@@ -120,18 +79,10 @@ class Metric(_Node):
     )
 
 
-def _named(schema: Any) -> Any:
-    """Lets bare text stand for a mapping with only a name."""
-    return BeforeValidator(lambda value: _widen("name", value), json_schema_input_type=schema)
-
-
-AnImport = Annotated[
-    Import,
-    BeforeValidator(lambda value: _widen("target", value), json_schema_input_type=str | Import),
-]
-APlugin = Annotated[PluginRef, _named(str | PluginRef)]
-ALoss = Annotated[Loss, _named(str | Loss)]
-AMetric = Annotated[Metric, _named(str | Metric)]
+AnImport = Annotated[Import, bare("target", str | Import)]
+APlugin = Annotated[PluginRef, bare("name", str | PluginRef)]
+ALoss = Annotated[Loss, bare("name", str | Loss)]
+AMetric = Annotated[Metric, bare("name", str | Metric)]
 
 
 class Optimizer(_Node):
@@ -305,9 +256,7 @@ class Trainer(BaseModel):
     )
     seed: Count = Field(default=0, description="Of all random numbers; not an argument of Trainer.")
     accelerator: str = Field(default="auto", description="cpu, gpu, auto ...")
-    devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = Field(
-        default="auto", description="How many or which."
-    )
+    devices: Devices = Field(default="auto", description="How many or which.")
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -20,13 +20,20 @@ class Agreement:
         sqnr_db: signal to quantization-noise ratio per output, in decibels; the signal is the
             simulation, infinite where both are equal to the last bit.
         largest_difference: the largest absolute difference over all outputs.
+        close: fraction of values that differ by at most 1 % of their output's largest value.
         inputs: how many inputs were compared.
     """
 
     top1: float | None
     sqnr_db: tuple[float, ...]
     largest_difference: float
+    close: float
     inputs: int
+
+    @property
+    def share(self) -> float:
+        """One number from 0 to 1: `top1` where there are classes, else `close`."""
+        return self.close if self.top1 is None else self.top1
 
 
 def compare(simulated: Sequence[Tensor], deployed: Sequence[Tensor]) -> Agreement:
@@ -36,7 +43,7 @@ def compare(simulated: Sequence[Tensor], deployed: Sequence[Tensor]) -> Agreemen
     >>> compare([a], [torch.tensor([[1.0, 0.0], [1.1, 1.0]])]).top1
     0.5
     """
-    ratios, largest = [], 0.0
+    ratios, largest, near, values = [], 0.0, 0, 0
     for a, b in zip(simulated, deployed, strict=True):
         x, y = a.double(), b.double()
         noise = (x - y).square().sum().item()
@@ -46,10 +53,13 @@ def compare(simulated: Sequence[Tensor], deployed: Sequence[Tensor]) -> Agreemen
         else:
             ratios.append(10 * math.log10(signal / noise) if signal > 0 else -math.inf)
         if x.numel():
-            largest = max(largest, (x - y).abs().max().item())
+            difference = (x - y).abs()
+            largest = max(largest, difference.max().item())
+            near += int((difference <= 0.01 * x.abs().max()).sum())
+            values += x.numel()
     top1 = None
     first = simulated[0]
     if first.dim() == 2 and first.shape[1] > 1:
         same = first.argmax(1) == deployed[0].argmax(1)
         top1 = same.double().mean().item()
-    return Agreement(top1, tuple(ratios), largest, len(first))
+    return Agreement(top1, tuple(ratios), largest, near / max(1, values), len(first))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,11 +15,8 @@ from slimkit.batches import finite, inputs_of
 from slimkit.errors import QuantizationError
 from slimkit.interfaces import Backend, Grid, Quantizer
 from slimkit.progress import track
-from slimkit.quantization.fake import FakeQuantization, Maker, QuantizedModel
+from slimkit.quantization.fake import Choice, FakeQuantization, Maker, QuantizedModel
 from slimkit.registry import discover
-
-Choice = str | Mapping[str, Any]
-"""A quantizer's name, or ``{"name": ..., "options": {...}}``."""
 
 
 def maker(choice: Choice) -> Maker:
@@ -119,6 +116,6 @@ def quantize(
         own, inputs, target.scheme, maker(weights), maker(activations), keep_float
     )
     calibrate_(fake, own, kept, batches)
-    result = QuantizedModel(own, fake, name)
+    result = QuantizedModel(own, fake, name, (weights, activations))
     result.train(model.training)
     return result

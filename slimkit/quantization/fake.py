@@ -16,6 +16,8 @@ from slimkit.quantization.sites import Sites, find_sites
 
 Maker = Callable[[Grid], Quantizer]
 State = Literal["float", "observe", "quantize"]
+Choice = str | Mapping[str, Any]
+"""A quantizer's name, or ``{"name": ..., "options": {...}}``."""
 
 
 class FakeQuantization(nn.Module):
@@ -189,10 +191,18 @@ class QuantizedModel(nn.Module):
         model: the float model, a copy of its own.
         fake: its calibrated fake-quantizers.
         backend: name of the backend whose scheme they follow.
+        choices: the quantizers of weights and activations, as a recipe writes them.
     """
 
-    def __init__(self, model: nn.Module, fake: FakeQuantization, backend: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        fake: FakeQuantization,
+        backend: str,
+        choices: tuple[Choice, Choice] = ("minmax", "minmax"),
+    ) -> None:
         super().__init__()
+        self.choices = choices
         self.model = model
         self.fake = fake
         self.backend = backend

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers the operators below)
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimkit.interfaces import Deployable
+from slimkit.interfaces import Deployable, tensors_of
 
 qd = torch.ops.quantized_decomposed
 
@@ -86,10 +88,15 @@ def deployable(net: nn.Module, *example: Tensor, quantized: bool = True) -> Depl
     return Deployable(torch.export.export(net, example, strict=False), example, quantized)
 
 
+@cache
+def _module(program: torch.export.ExportedProgram) -> nn.Module:
+    return program.module()
+
+
 def simulate(deployed: Deployable, *inputs: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        out = deployed.program.module()(*inputs)
-    return [out] if isinstance(out, Tensor) else list(out)
+        out = _module(deployed.program)(*inputs)
+    return tensors_of(out)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from quantized_programs import Layer, Round, deployable, normal, simulate
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkit.builtin.backends.reference import Reference
 
@@ -34,15 +35,15 @@ def test_threads_are_set_for_the_call_only(tmp_path: Path) -> None:
     Reference().compile(deployable(Net(), normal(1, 3), quantized=False), tmp_path)
     run = Reference().load(tmp_path, threads=1)
     before = torch.get_num_threads()
-    hook = torch.utils._python_dispatch.TorchDispatchMode
+    x = normal(1, 3)
 
-    class Watch(hook):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen.append(torch.get_num_threads())
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        run(normal(1, 3))
+        run(x)
     assert set(seen) == {1}
     assert torch.get_num_threads() == before
 

@@ -37,6 +37,9 @@ class Marker(nn.Module):
         return x + 1.0
 
 
+MARKER = f"{Marker.__module__}.{Marker.__qualname__}"
+
+
 class Ncnn(Backend):
     """Files for ncnn, in float by pnnx and in int8 by slimkit, exact under ncnn's default options.
 
@@ -71,7 +74,7 @@ class Ncnn(Backend):
             )
         module, roundings, shapes = _with_markers(deployable)
         param, weights = _run_pnnx(module, deployable.example_inputs)
-        layers, weights = to_int8(read_param(param), weights, roundings)
+        layers, weights = to_int8(read_param(param), weights, roundings, MARKER)
         unknown = sorted({x.type for x in layers if ncnn.layer_to_index(x.type) < 0})
         if unknown:
             raise ExportError(
@@ -141,7 +144,7 @@ def _with_markers(deployable: Deployable) -> tuple[nn.Module, list[Rounding], li
     for node in list(graph.nodes):
         if node.target == "_guards_fn" or "_assert" in str(node.target):
             graph.erase_node(node)
-    roundings = []
+    roundings: list[Rounding] = []
     for node in list(graph.nodes):
         if _name(node) in ("conv2d", "linear") and _is_activation(node.args[0]):
             roundings.append(_mark_(module, node, len(roundings)))
@@ -187,7 +190,6 @@ def _mark_(module: fx.GraphModule, node: fx.Node, i: int) -> Rounding:
         weight = graph.get_attr(f"placeholder_{i}")
     node.args = (marker, weight, *rest)
     return Rounding(
-        marker=f"marker_{i}",
         place=node.name,
         placeholder=placeholder.numpy(),
         weight=integers.numpy(),
@@ -210,9 +212,8 @@ def _value(module: fx.GraphModule, node: fx.Node) -> Tensor:
     if not _is_constant(node):
         return _attribute(module, node).detach().float()
     integers, scale = _integers(module, node)
-    shape = [1] * integers.dim()
     axis = node.args[3] if _name(node) == "dequantize_per_channel" else 0
-    shape[axis] = -1  # type: ignore[call-overload]  # an int by the operator's schema
+    shape = [-1 if i == axis else 1 for i in range(integers.dim())]
     return integers.float() * scale.reshape(shape)
 
 
@@ -282,7 +283,7 @@ def _run_pnnx(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, bytes
             torch.jit.save(torch.jit.trace(module, inputs, check_trace=False), path)
         done = subprocess.run(
             [pnnx, path.name, f"inputshape={','.join(sizes)}", "fp16=0",
-             f"moduleop={Marker.__module__}.{Marker.__qualname__}"],
+             f"moduleop={MARKER}"],
             cwd=folder, capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip
         param, weights = Path(folder) / PARAM, Path(folder) / BIN

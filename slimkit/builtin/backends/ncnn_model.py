@@ -7,7 +7,7 @@ the weights), ``net.cpp`` (feature mask).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +17,10 @@ from slimkit.errors import ExportError
 MAGIC = "7767517"
 FLOAT_TAG = b"\0\0\0\0"
 INT8_TAG = (0x000D4B38).to_bytes(4, "little")
-NO_WINOGRAD = "64"  # bit 6 of a layer's feature mask, parameter 31
+# Bit 6 of a layer's feature mask (parameter 31). ncnn's int8 winograd F(4, 3) computes 576 times
+# each sum in 32 bits (convolution_3x3_winograd_int8.h), which overflows from sums of 2**31 / 576
+# on; so ncnn's own tool leaves such weights 6 bits. Without it 8 bits are exact, and as fast.
+NO_WINOGRAD = "64"
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,24 @@ class LayerLine:
 
 INT8_LAYERS = frozenset({"Convolution", "ConvolutionDepthWise", "InnerProduct"})
 
+# what pnnx may put between a marker and its readers; rounding behind it is the same
+MOVES = frozenset({"Split", "Reshape", "Flatten", "Squeeze", "ExpandDims", "Permute", "Noop"})
+
 
 @dataclass(frozen=True)
 class Rounding:
     """One operation of the program that computes on integers.
 
     Args:
-        marker: name of the marker layer that pnnx left in front of the operation.
         place: the operation's name in the program, for messages.
-        placeholder: float32, random and unique: what pnnx was given in place of the weight.
+        placeholder: float32, random and unique: what pnnx was given in place of the weight, so
+            that it can be found in the .bin file.
         weight: int8, shape (out, in / groups, kh, kw) or (out, in).
         weight_scale: float32, shape (out,).
         input_scale: size of one step of the rounded input.
         bias: float32, shape (out,), or None.
     """
 
-    marker: str
     place: str
     placeholder: np.ndarray
     weight: np.ndarray
@@ -90,65 +95,75 @@ def write_param(layers: list[LayerLine]) -> str:
 
 
 def to_int8(
-    layers: list[LayerLine], weights: bytes, roundings: Iterable[Rounding]
+    layers: list[LayerLine], weights: bytes, roundings: Sequence[Rounding], marker: str
 ) -> tuple[list[LayerLine], bytes]:
-    """Drop every marker layer and turn the layer behind it into its integer form.
+    """Drop the marker layers and turn the layers behind them into their integer form.
 
     Args:
         layers: what pnnx made of the program with markers and placeholder weights.
-        weights: the .bin file of it, all float32.
-        roundings: one for each marker.
+        weights: the .bin file of it, all float32, in the order of the layers.
+        roundings: the operations that read a marker.
+        marker: type of the marker layers.
 
     Returns:
         Layers and .bin bytes of a model that rounds, multiplies and accumulates integers there.
     """
-    waiting = {rounding.marker: rounding for rounding in roundings}
-    marked: dict[str, tuple[str, Rounding]] = {}  # blob behind a marker: blob before it, rounding
+    found = sorted(((_find(weights, r), r) for r in roundings), key=lambda pair: pair[0])
+    waiting = iter(found)
+    marked: dict[str, str] = {}  # blob behind a marker: the blob to read instead
     new_layers: list[LayerLine] = []
     new_weights: list[bytes] = []
-    done = 0  # bytes of `weights` that are dealt with
+    done = count = 0  # bytes of `weights` and roundings that are dealt with
     for layer in layers:
-        if layer.name in waiting:
-            marked[layer.outputs[0]] = (layer.inputs[0], waiting.pop(layer.name))
-        elif not marked.keys().isdisjoint(layer.inputs):
-            source, rounding = marked[layer.inputs[0]]
-            start, end = _find(weights, rounding, layer, done)
-            new_weights.append(weights[done:start])
-            done = end
-            made, blocks = _integer_layers(replace(layer, inputs=[source]), rounding)
-            new_layers += made
-            new_weights.append(blocks)
-        else:
-            new_layers.append(layer)
-    if waiting:
-        places = ", ".join(rounding.place for rounding in waiting.values())
-        raise ExportError(
-            f"pnnx dropped the rounded inputs of {places}: keep those layers in float"
-        )
+        if layer.type == marker:
+            marked[layer.outputs[0]] = layer.inputs[0]
+            continue
+        direct = replace(layer, inputs=[marked.get(blob, blob) for blob in layer.inputs])
+        rounded = bool(layer.inputs) and layer.inputs[0] in marked
+        if rounded and layer.type in MOVES:
+            marked.update({blob: blob for blob in layer.outputs})
+        if not rounded or layer.type in MOVES:
+            new_layers.append(direct)
+            continue
+        (start, end), rounding = next(waiting, ((0, 0), None))
+        if rounding is None or _weight_size(layer) != rounding.weight.size:
+            place = "an operation" if rounding is None else rounding.place
+            raise ExportError(
+                f"pnnx made a {layer.type} of {place}, which slimkit cannot turn into an integer "
+                "layer: keep this layer in float"
+            )
+        made, block = _integer_layers(direct, rounding)
+        new_layers += made
+        new_weights += [weights[done:start], block]
+        done, count = end, count + 1
+    if count < len(found):
+        places = ", ".join(rounding.place for _, rounding in found[count:])
+        raise ExportError(f"pnnx dropped the rounded inputs of {places}: keep them in float")
     return new_layers, b"".join([*new_weights, weights[done:]])
 
 
-def _find(weights: bytes, rounding: Rounding, layer: LayerLine, start: int) -> tuple[int, int]:
-    """Where the float weight and bias of `layer` lie in the .bin file."""
+def _weight_size(layer: LayerLine) -> int:
+    """How many weights a layer says that it has; 0 for one that has no integer form."""
+    if layer.type == "Gemm":
+        return int(layer.params.get("8", "0")) * int(layer.params.get("9", "0"))
+    key = {"Convolution": "6", "ConvolutionDepthWise": "6", "InnerProduct": "2"}.get(layer.type)
+    return int(layer.params.get(key, "0")) if key else 0
+
+
+def _find(weights: bytes, rounding: Rounding) -> tuple[int, int]:
+    """Where placeholder and bias of an operation lie in the .bin file."""
     block = FLOAT_TAG + rounding.placeholder.astype("<f4").tobytes()
-    at = weights.find(block, start)
-    known = layer.type in (*INT8_LAYERS, "Gemm")
-    if at < 0 or not known:
-        raise ExportError(
-            f"pnnx made a {layer.type} of {rounding.place}, which slimkit cannot turn into an "
-            "integer layer: keep this layer in float"
-        )
-    end = at + len(block)
-    if rounding.bias is not None:
-        bias = rounding.bias.astype("<f4").tobytes()
-        if layer.type == "Gemm" and weights.startswith(FLOAT_TAG + bias, end):
-            bias = FLOAT_TAG + bias
-        if not weights.startswith(bias, end):
-            raise ExportError(
-                f"pnnx changed the bias of {rounding.place}: keep this layer in float"
-            )
-        end += len(bias)
-    return at, end
+    start = weights.find(block)
+    end = start + len(block)
+    if start < 0:
+        raise ExportError(f"pnnx changed the weight of {rounding.place}: keep this layer in float")
+    if rounding.bias is None:
+        return start, end
+    bias = rounding.bias.astype("<f4").tobytes()
+    for form in (bias, FLOAT_TAG + bias):  # convolutions and InnerProduct; Gemm
+        if weights.startswith(form, end):
+            return start, end + len(form)
+    raise ExportError(f"pnnx changed the bias of {rounding.place}: keep this layer in float")
 
 
 def _integer_layers(layer: LayerLine, rounding: Rounding) -> tuple[list[LayerLine], bytes]:
@@ -156,10 +171,9 @@ def _integer_layers(layer: LayerLine, rounding: Rounding) -> tuple[list[LayerLin
     out, size = rounding.weight.shape[0], rounding.weight.size
     if layer.type in ("InnerProduct", "Gemm"):
         params = {"0": str(out), "1": str(int(rounding.bias is not None)), "2": str(size), "8": "2"}
-        fused = {k: v for k, v in layer.params.items() if k in ("9", "-23310")}
-        if layer.type == "Gemm":
-            fused = {}  # there 9 is a size
-        made = replace(layer, type="InnerProduct", params=params | fused)
+        if layer.type == "InnerProduct":
+            params |= {k: v for k, v in layer.params.items() if k in ("9", "-23310")}  # activation
+        made = replace(layer, type="InnerProduct", params=params)
         return [made], _block(rounding, slice(0, out))
     groups = int(layer.params.get("7", "1"))
     if layer.type == "ConvolutionDepthWise" and groups == out and rounding.weight.shape[1] == 1:
@@ -173,17 +187,15 @@ def _convolutions(
     """One integer convolution a group, as ncnn's grouped one has a single weight scale a group."""
     out, inner = rounding.weight.shape[0] // groups, rounding.weight.shape[1]
     params = {k: v for k, v in layer.params.items() if k != "7"}
-    params |= {"0": str(out), "6": str(rounding.weight.size // groups), "8": "2"}
+    params |= {"0": str(out), "6": str(rounding.weight.size // groups), "8": "2", "31": NO_WINOGRAD}
     made, blocks = [], b""
     for g in range(groups):
         rows = slice(g * out, (g + 1) * out)
-        safe = winograd_is_exact(rounding.weight[rows])
-        mask = {} if safe or not _may_use_winograd(params) else {"31": NO_WINOGRAD}
         suffix = "" if groups == 1 else f"_g{g}"
         ins = layer.inputs if groups == 1 else [f"{layer.name}_in{suffix}"]
         outs = layer.outputs if groups == 1 else [f"{layer.name}_out{suffix}"]
         name = layer.name + suffix
-        made.append(LayerLine("Convolution", name, ins, outs, params | mask))
+        made.append(LayerLine("Convolution", name, ins, outs, params))
         blocks += _block(rounding, rows)
     if groups > 1:
         sizes = ",".join([str(groups), *[str(inner)] * groups])
@@ -193,22 +205,6 @@ def _convolutions(
         joined = LayerLine("Concat", f"{layer.name}_concat", parts, layer.outputs, {"0": "0"})
         made = [split, *made, joined]
     return made, blocks
-
-
-def _may_use_winograd(params: dict[str, str]) -> bool:
-    ones = ("2", "12", "3", "13")  # dilations and strides; height defaults to width
-    square = params.get("1") == "3" and params.get("11", "3") == "3"
-    return square and all(params.get(key, "1") == "1" for key in ones)
-
-
-def winograd_is_exact(weight: np.ndarray) -> bool:
-    """Whether ncnn's int8 winograd F(4, 3) gives the exact integer sums for every int8 input.
-
-    It computes 576 times each sum in wrapping int32 and divides at the end (``/ 576`` in
-    ``convolution_3x3_winograd_int8.h``), so the sum must stay below 2**31 / 576.
-    """
-    rows = np.abs(weight.astype(np.int64)).reshape(weight.shape[0], -1)
-    return int(rows.sum(1).max()) * 127 * 576 < 2**31
 
 
 def _block(rounding: Rounding, rows: slice) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import tempfile
 import warnings
@@ -142,17 +143,15 @@ def _strip_(model: Any) -> None:
     common.RemoveUnusedNodesPass()(model)
     model.producer_name, model.producer_version = "slimkit", None
     graph = model.graph
-    keep = {id(v) for v in (*graph.inputs, *graph.outputs)}
-    taken = {v.name for v in (*graph.inputs, *graph.outputs)}
-    fresh = (name for i in range(10**9) if (name := f"t{i}") not in taken)
-    for value in list(graph.initializers.values()):
+    keep = {id(v): v.name for v in (*graph.inputs, *graph.outputs)}
+    names = (name for i in itertools.count() if (name := f"t{i}") not in keep.values())
+    inner = [v for n in graph for v in n.outputs] + list(graph.initializers.values())
+    for value in (*graph.inputs, *inner):
+        value.metadata_props.clear()
         if id(value) not in keep:
-            value.name = next(fresh)
+            value.name, value.shape, value.type = next(names), None, None
     for node in graph:
         node.name = None
-        for value in node.outputs:
-            if id(value) not in keep:
-                value.name, value.shape, value.type = next(fresh), None, None
 
 
 def _reason(error: BaseException) -> str:

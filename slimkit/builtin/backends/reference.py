@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
+from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme, tensors_of
 
 FILE = "model.pt2"
 
@@ -52,7 +51,7 @@ class Reference(Backend):
             torch.set_num_threads(threads)
             try:
                 with torch.inference_mode():
-                    return [t for t in tree_leaves(module(*inputs)) if isinstance(t, Tensor)]
+                    return tensors_of(module(*inputs))
             finally:
                 torch.set_num_threads(before)
 

@@ -1,0 +1,246 @@
+"""The artifact: a folder with the compressed weights, the files for each runtime, and the proof."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from slimkit.deploy.folder import read_manifest, write_manifest
+from slimkit.errors import ArtifactError, SlimkitError
+from slimkit.importing import build
+from slimkit.interfaces import Grid, Scheme
+from slimkit.pruning.removal import Kept, remove_
+from slimkit.quantization.calibration import maker
+from slimkit.quantization.fake import FakeQuantization, QuantizedModel
+from slimkit.quantization.sites import Sites
+from slimkit.registry import discover
+
+WEIGHTS, PROGRAM = "weights.safetensors", "model.pt2"
+
+
+@dataclass
+class Contents:
+    """What goes into an artifact beside the files of the runtimes.
+
+    Args:
+        network: the compressed float model.
+        quantized: backend -> its simulation, each around the same weights.
+        model: import path and options of the function that builds the dense model, if known.
+        program: the finished model as a graph, kept where no such function is known.
+        recipe: the recipe as plain data.
+        used: (kind, name) of each plugin used.
+        metrics: whatever was measured, as plain data.
+    """
+
+    network: nn.Module
+    quantized: Mapping[str, QuantizedModel] = field(default_factory=dict)
+    model: Mapping[str, Any] | None = None
+    program: torch.export.ExportedProgram | None = None
+    recipe: Mapping[str, Any] | None = None
+    used: list[tuple[str, str]] = field(default_factory=list)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(directory: Path, contents: Contents) -> None:
+    """Write weights and manifest into `directory`, beside what lies there already."""
+    tensors = {f"model.{k}": v for k, v in contents.network.state_dict().items()}
+    quantization = {}
+    for backend, quantized in contents.quantized.items():
+        fake = quantized.fake
+        tensors |= {f"fake.{backend}.{k}": v for k, v in fake.state_dict().items()}
+        quantization[backend] = {
+            "scheme": _scheme_out(fake.scheme),
+            "sites": _sites_out(fake.sites),
+            "ranges": _ranges(fake),
+            "weights": quantized.choices[0],
+            "activations": quantized.choices[1],
+        }
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    save_file(plain, directory / WEIGHTS)
+    if contents.program is not None:
+        torch.export.save(contents.program, directory / PROGRAM)
+    report = getattr(contents.network, "slimkit_pruning", None)
+    kept: Kept = report.kept if report is not None else {}
+    registry = discover()
+    plugins = []
+    for kind, name in contents.used:
+        plugin = registry.find(kind, name)
+        plugins.append(
+            {"kind": kind, "name": name, "package": plugin.package, "version": plugin.version}
+        )
+    write_manifest(
+        directory,
+        {
+            "format": 1,
+            "model": contents.model,
+            "recipe": contents.recipe,
+            "plugins": plugins,
+            "metrics": contents.metrics,
+            "kept": {t: {str(d): p for d, p in dims.items()} for t, dims in kept.items()},
+            "quantization": quantization,
+        },
+    )
+
+
+def load(
+    directory: str | Path,
+    model: Callable[[], nn.Module] | nn.Module | None = None,
+    *,
+    backend: str | None = None,
+) -> nn.Module:
+    """The compressed module of an artifact, in evaluation mode, without Torch-Pruning or pickle.
+
+    Args:
+        directory: the artifact's folder; every file's hash is checked.
+        model: the user's model function, or a module that it made; left out, the function that
+            the recipe named. Where neither is known (an artifact of `slimkit.export`) the graph
+            in the artifact is given back: it computes the same but cannot be trained on.
+        backend: whose simulation to load, where the artifact was quantized for several; left out,
+            the first.
+
+    Returns:
+        A `QuantizedModel` where the artifact is quantized, else the pruned float module.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or changed, or does not fit the model.
+    """
+    folder = Path(directory)
+    content = read_manifest(folder)
+    _compare_versions(content.get("plugins", []))
+    network = _network(content, model)
+    if network is None:
+        if not (folder / PROGRAM).is_file():
+            raise ArtifactError(
+                f"{folder} does not say which function builds its model, and holds no graph: "
+                "pass model="
+            )
+        return _Graph(torch.export.load(folder / PROGRAM).module())
+    kept = {t: {int(d): p for d, p in dims.items()} for t, dims in content["kept"].items()}
+    remove_(network, kept)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    _load_state(network, _below(tensors, "model."), folder)
+    network.eval()
+    quantization = content["quantization"]
+    if not quantization:
+        return network
+    name = backend or next(iter(quantization))
+    if name not in quantization:
+        raise ArtifactError(f"{folder} is quantized for {', '.join(quantization)}, not for {name}")
+    saved = quantization[name]
+    fake = FakeQuantization(
+        _sites_in(saved["sites"]),
+        _scheme_in(saved["scheme"]),
+        maker(saved["weights"]),
+        maker(saved["activations"]),
+        dict(network.named_parameters(remove_duplicate=False)),
+    )
+    _load_state(fake, _below(tensors, f"fake.{name}."), folder)
+    fake.state = "quantize"
+    return QuantizedModel(
+        network, fake, name, (saved["weights"], saved["activations"])
+    ).eval()
+
+
+class _Graph(nn.Module):
+    """A module around an exported graph, whose training flag may be set to evaluation."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, *args: Any) -> Any:
+        """What the graph computes; batches are run sample by sample."""
+        size = args[0].shape[0]
+        outs = [self.graph(*[a[i : i + 1] for a in args]) for i in range(size)]
+        return torch.utils._pytree.tree_map(lambda *ts: torch.cat(ts), *outs)
+
+    def train(self, mode: bool = True) -> _Graph:
+        """Refuse training: the graph was written down in evaluation mode."""
+        if mode:
+            raise SlimkitError(
+                "this module is a graph in evaluation mode; pass model= to slimkit.load to get "
+                "one that can be trained"
+            )
+        return self
+
+
+def _network(
+    content: Mapping[str, Any], model: Callable[[], nn.Module] | nn.Module | None
+) -> nn.Module | None:
+    if isinstance(model, nn.Module):
+        import copy
+
+        return copy.deepcopy(model).cpu()
+    if model is not None:
+        return model().cpu()
+    if content.get("model"):
+        return build(content["model"], "model", nn.Module)
+    return None
+
+
+def _load_state(module: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        lines = "\n  ".join(str(error).splitlines()[1:4])
+        raise ArtifactError(
+            f"the weights of {folder} do not fit {type(module).__name__}; was the model changed "
+            f"since the export?\n  {lines}"
+        ) from error
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _compare_versions(plugins: list[dict[str, str]]) -> None:
+    known = {(p.kind, p.name): p for p in discover().plugins}
+    for was in plugins:
+        now = known.get((was["kind"], was["name"]))
+        if now is not None and (now.package, now.version) != (was["package"], was["version"]):
+            warnings.warn(
+                f"{was['kind']} {was['name']} was {was['package']} {was['version']} when the "
+                f"artifact was made; here it is {now.package} {now.version}",
+                stacklevel=3,
+            )
+
+
+def _ranges(fake: FakeQuantization) -> dict[str, list[float]]:
+    """Scale and zero point of each activation quantizer, for people and other tools."""
+    ranges = {}
+    for name in fake.sites.activations:
+        scale, zero_point = fake[name].qparams()
+        ranges[name] = [float(scale), int(zero_point)]
+    return ranges
+
+
+def _scheme_out(scheme: Scheme) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(scheme), default=sorted))
+
+
+def _scheme_in(saved: Mapping[str, Any]) -> Scheme:
+    sets = {k: frozenset(saved[k]) for k in ("operations", "keeps", "fuses")}
+    grids = {k: Grid(**saved[k]) for k in ("activations", "weights")}
+    return Scheme(**{**saved, **sets, **grids})
+
+
+def _sites_out(sites: Sites) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(sites)))
+
+
+def _sites_in(saved: Mapping[str, Any]) -> Sites:
+    inputs = {c: {int(n): q for n, q in reads.items()} for c, reads in saved["inputs"].items()}
+    weights = {c: (q, p) for c, (q, p) in saved["weights"].items()}
+    return Sites(inputs, dict(saved["outputs"]), weights, dict(saved["skipped"]))

@@ -1,0 +1,142 @@
+"""`export`: one model, one runtime, one artifact that can be run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimkit.batches import as_inputs, first_sample, inputs_of
+from slimkit.deploy.artifact import Contents, write
+from slimkit.deploy.deployed import Deployed, open_
+from slimkit.deploy.folder import check_target, replacing
+from slimkit.deploy.release import Row, release
+from slimkit.errors import ExportError, SlimkitError
+from slimkit.interfaces import Backend
+from slimkit.quantization.fake import QuantizedModel
+from slimkit.quantization.finished import finish
+from slimkit.registry import discover
+
+
+class Artifact:
+    """An exported model: its folder, its measurements, and the file itself, ready to run.
+
+    Args:
+        directory: the artifact's folder.
+        row: what was measured.
+        deployed: the opened file.
+    """
+
+    def __init__(self, directory: Path, row: Row, deployed: Deployed) -> None:
+        self.directory = directory
+        self.row = row
+        self._deployed = deployed
+
+    def run(self, *inputs: Any) -> Any:
+        """The outputs of the deployed file for `inputs`, in the model's own structure."""
+        with torch.no_grad():
+            return self._deployed(*inputs)
+
+    @property
+    def latency_ms(self) -> float:
+        """Median time of one sample on one thread."""
+        return self.row.latency.median_ms
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the runtime's files."""
+        return self.row.size_bytes
+
+    @property
+    def agreement(self) -> float:
+        """How far the file computes what the simulation does, 0 to 1.
+
+        The fraction of inputs with the same largest class; for outputs that are not of shape
+        (batch, classes), the fraction of values within 1 % of the output's largest value.
+        """
+        return self.row.agreement.share
+
+    def __repr__(self) -> str:
+        return (
+            f"<Artifact {self.directory} for {self.row.runtime}: {self.size_bytes:,} bytes, "
+            f"{self.latency_ms:.3f} ms, agreement {self.agreement:.2%}>"
+        )
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Any,
+    backend: str | Backend = "onnxruntime",
+    *,
+    directory: str | Path,
+    data: Iterable[Any] | None = None,
+    batches: int = 4,
+) -> Artifact:
+    """Compile `model` for a runtime, run the file, compare it with `model` and measure it.
+
+    Args:
+        model: a float model (pruned or not), or what `slimkit.quantize` returned.
+        example_inputs: a tensor or a tuple of the forward's arguments; the file takes one sample.
+        backend: a plugin's name, or an instance.
+        directory: the artifact's folder; an artifact that lies there is replaced once the new one
+            is complete.
+        data: batches, with or without labels, to compare file and model on as well.
+        batches: how many of them.
+
+    Raises:
+        ExportError: the backend cannot compile the model, or `model` was quantized for another.
+        ArtifactError: `directory` holds something that slimkit did not write.
+
+    Example:
+        >>> import tempfile, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     artifact = export(net, torch.randn(4, 8), "torch", directory=folder + "/net")
+        ...     tuple(artifact.run(torch.randn(2, 8)).shape)
+        (2, 16)
+    """
+    inputs = as_inputs(example_inputs)
+    name = backend if isinstance(backend, str) else type(backend).__name__
+    target = discover().create("backend", backend) if isinstance(backend, str) else backend
+    folder = Path(directory)
+    check_target(folder)
+    quantized = isinstance(model, QuantizedModel)
+    if quantized and model.fake.scheme != target.scheme:
+        raise ExportError(
+            f"the model was quantized for {model.backend}, whose arithmetic is not {name}'s; "
+            f"call slimkit.quantize(model, data, backend={name!r})"
+        )
+    own = copy.deepcopy(model).cpu().eval()
+    network = own.model if isinstance(own, QuantizedModel) else own
+    compared = [inputs]
+    if data is not None:
+        compared += [inputs_of(batch) for batch in islice(data, batches)]
+    try:
+        together = tuple(torch.cat(column) for column in zip(*compared, strict=True))
+    except (RuntimeError, TypeError) as error:
+        raise SlimkitError(f"data does not fit example_inputs: {error}") from error
+    with replacing(folder) as work:
+        stage = "int8" if quantized else "compressed"
+        rows = release(
+            {stage: {name: own}}, {name: target}, inputs, work / "exports",
+            agreement_inputs=together,
+        )
+        deployable = finish(own, first_sample(inputs))
+        used = [("backend", name)] if isinstance(backend, str) else []
+        write(
+            work,
+            Contents(
+                network,
+                {name: own} if isinstance(own, QuantizedModel) else {},
+                program=deployable.program,
+                used=used,
+                metrics={"rows": [row.as_dict() for row in rows]},
+            ),
+        )
+        deployed = open_(target, work / "exports" / name, deployable)
+    return Artifact(folder, rows[0], deployed)

@@ -1,0 +1,68 @@
+"""What one field of a recipe may hold: numbers in their ranges, names, import paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number, not {str(value).lower()}")
+    return value
+
+
+def _place(value: Any) -> Any:
+    paths = [value] if isinstance(value, str) else value
+    fits = isinstance(paths, list | tuple) and all(isinstance(p, str) and p for p in paths)
+    if not fits or (paths is value and len(paths) != 2):
+        raise ValueError(
+            "should be 'output', the path of a module, or [student's path, teacher's path], "
+            f"not {value!r}"
+        )
+    return value
+
+
+def _devices(value: Any) -> Any:
+    several = value if isinstance(value, list) else [value]
+    kinds = int if isinstance(value, list) else int | str
+    if any(isinstance(device, bool) or not isinstance(device, kinds) for device in several):
+        raise ValueError(f"should be a number, 'auto' or a list of numbers, not {value!r}")
+    return value
+
+
+def _import_path(value: str) -> str:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+        raise ValueError(f"should look like 'package.module:name', not {value!r}")
+    return value
+
+
+def bare(key: str, schema: Any) -> BeforeValidator:
+    """Lets bare text stand for a mapping with only `key`; `schema` is both, for the JSON schema."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, str):
+            return {key: value}
+        if isinstance(value, Mapping | BaseModel):
+            return value
+        raise ValueError(f"should be text, or a mapping with {key!r}, not {value!r}")
+
+    return BeforeValidator(widen, json_schema_input_type=schema)
+
+
+_NUMBER = BeforeValidator(_no_bool)
+Count = Annotated[int, Field(ge=0), _NUMBER]
+Positive = Annotated[int, Field(ge=1), _NUMBER]
+Factor = Annotated[float, Field(ge=0), _NUMBER]
+Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
+NotAll = Annotated[float, Field(ge=0, lt=1), _NUMBER]
+NotNone = Annotated[float, Field(gt=0, le=1), _NUMBER]
+OverZero = Annotated[float, Field(gt=0), _NUMBER]
+Options = Annotated[dict[str, Any], Field(description="Keyword arguments, by name.")]
+Patterns = Annotated[tuple[str, ...], Field(description="Module names, * and ? allowed.")]
+ImportPath = Annotated[str, AfterValidator(_import_path)]
+Place = Annotated[str | tuple[str, str], BeforeValidator(_place)]
+Devices = Annotated[int | str | list[int], BeforeValidator(_devices)]

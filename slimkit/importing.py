@@ -1,0 +1,55 @@
+"""Calls what a recipe or a manifest names by import path, also from the current folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from slimkit.errors import SlimkitError, did_you_mean
+
+T = TypeVar("T")
+
+
+def build(what: Mapping[str, Any], role: str, kind: type[T]) -> T:
+    """Call the function or class at ``what["target"]`` with ``what["options"]``.
+
+    Args:
+        what: ``{"target": "package.module:name", "options": {...}}``.
+        role: how messages call it, such as ``model``.
+        kind: what it must give.
+
+    Raises:
+        SlimkitError: it cannot be imported, fails, or gives something else.
+    """
+    target, options = what["target"], dict(what.get("options") or {})
+    module_name, _, name = target.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = import_module(module_name)
+    except Exception as error:
+        raise SlimkitError(
+            f"{role}: {module_name} cannot be imported from {here}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    found = getattr(module, name, None)
+    if found is None:
+        hint = did_you_mean(name, [n for n in vars(module) if not n.startswith("_")])
+        raise SlimkitError(f"{role}: {module_name} has no {name!r}{hint}")
+    try:
+        made = found(**options)
+    except SlimkitError:
+        raise
+    except Exception as error:
+        raise SlimkitError(
+            f"{role}: {target}({', '.join(options)}) failed: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, kind):
+        raise SlimkitError(
+            f"{role}: {target} must return a {kind.__name__}, but returned {type(made).__name__}"
+        )
+    return made

@@ -1,0 +1,1 @@
+"""Training: the Lightning module that prunes, distils and quantizes while it trains."""

@@ -1,0 +1,267 @@
+"""`SlimModule`: any LightningModule or classifier, compressed while it trains."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from slimkit.errors import SlimkitError
+from slimkit.pruning.prune import PruningReport
+from slimkit.pruning.removal import remove_
+from slimkit.quantization.calibration import maker
+from slimkit.quantization.fake import FakeQuantization
+from slimkit.quantization.sites import Sites
+from slimkit.recipe import Recipe
+from slimkit.registry import discover
+from slimkit.training.classification import Classification
+from slimkit.training.distillation import Distillation
+from slimkit.training.pruning import PruningCallback
+from slimkit.training.quantization import QuantizationCallback
+
+_OWN = {"setup", "configure_optimizers", "on_save_checkpoint", "on_load_checkpoint"}
+
+
+@dataclass
+class Progress:
+    """What has been done to the network so far; saved in every checkpoint.
+
+    Args:
+        example_inputs: one sample of the network's inputs.
+        updates: steps of the pruning schedule taken.
+        living: group -> channels that still live, before the cut.
+        cut: whether the dead channels have been removed.
+        macs_left: fraction of the dense model's multiply-accumulates.
+        observed: training batches that the activation quantizers have seen.
+    """
+
+    example_inputs: tuple[Any, ...] = ()
+    updates: int = 0
+    living: dict[str, Tensor] = field(default_factory=dict)
+    cut: bool = False
+    macs_left: float = 1.0
+    observed: int = 0
+
+
+class SlimModule(pl.LightningModule):
+    """Wraps a module so that fitting it prunes, distils and quantizes it as a recipe says.
+
+    The wrapped LightningModule's steps, optimizers, metrics, hooks and loggers go on working: it
+    is `inner` here, its hooks are called as before and what it logs is logged.
+
+    Args:
+        module: a LightningModule, or an nn.Module where the recipe says ``task: classification``.
+            It is copied; the given one is not changed. As it is, it becomes the teacher.
+        recipe: a `Recipe`, a path to one, or a mapping; ``model``, ``data`` and ``trainer`` in it
+            are not used here, since you hold module, data and trainer yourself.
+
+    Example:
+        .. code-block:: python
+
+            module = slimkit.SlimModule(my_lightning_module, "recipe.yaml")
+            Trainer(max_epochs=30).fit(module, datamodule)
+            module.export("runs/small", datamodule)
+    """
+
+    def __init__(self, module: nn.Module, recipe: Recipe | Mapping[str, Any] | str | Path) -> None:
+        super().__init__()
+        self.recipe = _recipe(recipe)
+        self.state = Progress()
+        self.fake: FakeQuantization | None = None
+        own = copy.deepcopy(module)
+        self.inner: pl.LightningModule
+        if isinstance(own, pl.LightningModule):
+            self.inner = own
+        elif self.recipe.task == "classification":
+            self.inner = Classification(own, self.recipe.optimizer)
+        else:
+            raise SlimkitError(
+                f"{type(module).__name__} is no LightningModule: give it a loss with "
+                "'task: classification' in the recipe, or wrap it in a LightningModule of your own"
+            )
+        self.automatic_optimization = self.inner.automatic_optimization
+        # Held in a tuple so that neither is a submodule: a teacher belongs in no checkpoint, and
+        # the dense copy is what the proof compares with.
+        self._dense = (copy.deepcopy(self.network).eval(),)
+        distill = self.recipe.distill
+        active = distill is not None and self.automatic_optimization
+        self._distillation = (Distillation(self.network, distill),) if active and distill else ()
+        self._forward_hooks_of_inner()
+        self.inner.log = self.log  # type: ignore[method-assign]  # the trainer knows this module
+
+    @property
+    def network(self) -> nn.Module:
+        """What is compressed: the plain model, or the LightningModule itself."""
+        return self.inner.model if isinstance(self.inner, Classification) else self.inner
+
+    @property
+    def dense(self) -> nn.Module:
+        """A copy of the network as it was given."""
+        return self._dense[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's forward, with fake-quantizers once they are there."""
+        return self._simulated(self.inner.forward)(*args, **kwargs)
+
+    def configure_callbacks(self) -> Any:
+        """The callbacks of the recipe's timeline, after the wrapped module's own."""
+        callbacks: list[pl.Callback] = list(self.inner.configure_callbacks())
+        recipe = self.recipe
+        if recipe.prune is not None:
+            callbacks.append(PruningCallback(self, recipe.prune))
+        if recipe.quantize is not None and recipe.quantize.train_from is not None:
+            first = recipe.export[0].name
+            callbacks.append(QuantizationCallback(self, recipe.quantize, first))
+        return callbacks
+
+    def configure_optimizers(self) -> Any:
+        """The wrapped module's."""
+        return self.inner.configure_optimizers()
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot work, before training; then the wrapped module's own set-up."""
+        if stage == "fit" and self.trainer.world_size > 1 and self.recipe.prune is not None:
+            raise SlimkitError(
+                "pruning while training on several processes is not supported yet: use "
+                "devices: 1, or prune with max_epochs: 0 first"
+            )
+        self.inner.setup(stage)
+        for distillation in self._distillation:
+            distillation.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add structure, schedule and sites, so that the same run can go on."""
+        self.inner.on_save_checkpoint(checkpoint)
+        report: PruningReport | None = getattr(self.network, "slimkit_pruning", None)
+        checkpoint["slimkit"] = {
+            "progress": dict(vars(self.state)),
+            "report": None if report is None else dict(vars(report)),
+            "fake": None
+            if self.fake is None
+            else {"sites": dict(vars(self.fake.sites)), "state": self.fake.state},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Cut the network and build the fake-quantizers, so that the saved tensors fit."""
+        saved = checkpoint.get("slimkit")
+        if saved is None:
+            raise SlimkitError("this checkpoint was not written by a SlimModule")
+        self.state = Progress(**saved["progress"])
+        if saved["report"] is not None:
+            report = PruningReport(**saved["report"])
+            remove_(self.network, report.kept)
+            self.network.slimkit_pruning = report  # type: ignore[assignment]
+        quantize = self.recipe.quantize
+        if saved["fake"] is not None and quantize is not None:
+            self.fake = FakeQuantization(
+                Sites(**saved["fake"]["sites"]),
+                discover().create("backend", self.recipe.export[0].name).scheme,
+                maker(quantize.weights.model_dump()),
+                maker(quantize.activations.model_dump()),
+                dict(self.network.named_parameters(remove_duplicate=False)),
+            )
+            self.fake.state = saved["fake"]["state"]
+        self.inner.on_load_checkpoint(checkpoint)
+
+    def say(self, message: str) -> None:
+        """One line in the terminal about where the run stands."""
+        epoch = f"epoch {self.trainer.current_epoch + 1}/{self.trainer.max_epochs}"
+        rank_zero_info(f"slimkit: {epoch}: {message}")
+
+    def _simulated(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`step` with the fake-quantizers active in the network's operations."""
+
+        @functools.wraps(step)
+        def simulated(*args: Any, **kwargs: Any) -> Any:
+            if self.fake is None:
+                return step(*args, **kwargs)
+            with self.fake.active(self.network):
+                return step(*args, **kwargs)
+
+        return simulated
+
+    def _train(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The wrapped training step with the distillation losses added."""
+
+        @functools.wraps(step)
+        def train(*args: Any, **kwargs: Any) -> Any:
+            simulated = self._simulated(step)
+            if not self._distillation:
+                return simulated(*args, **kwargs)
+            distillation = self._distillation[0]
+            with distillation.watching() as caught:
+                output = simulated(*args, **kwargs)
+            if output is None:
+                return None
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            total = distillation.recipe.label_weight * loss
+            batch = args[0] if args else kwargs.get("batch")
+            for name, value in distillation.losses_of(caught, batch).items():
+                self.log(f"distill/{name}", value.detach())
+                total = total + value
+            self.log("slimkit/macs_left", self.state.macs_left)
+            return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+        return train
+
+    def _forward_hooks_of_inner(self) -> None:
+        """Let Lightning call every hook that the wrapped module overrides."""
+        inner = self.inner
+        names = {n for hooks in (ModelHooks, DataHooks, CheckpointHooks) for n in vars(hooks)}
+        names |= {"configure_gradient_clipping", "optimizer_step", "lr_scheduler_step", "backward"}
+        names |= {"optimizer_zero_grad", "transfer_batch_to_device", "configure_model"}
+        for name in sorted(names - _OWN):
+            theirs = getattr(type(inner), name, None)
+            if name.startswith("_") or theirs is getattr(pl.LightningModule, name, None):
+                continue
+            setattr(self, name, getattr(inner, name))
+        for name in ("validation_step", "test_step", "predict_step"):
+            if getattr(type(inner), name) is not getattr(pl.LightningModule, name):
+                setattr(self, name, self._simulated(getattr(inner, name)))
+        self.training_step = self._train(inner.training_step)  # type: ignore[method-assign]
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the wrapped module are found here too (callbacks look for them)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("_modules", {}).get("inner")
+            if inner is None or name.startswith("_"):
+                raise
+            return getattr(inner, name)
+
+    def export(self, directory: str | Path, datamodule: Any = None, **options: Any) -> Any:
+        """Deploy the network with every backend of the recipe and write the artifact.
+
+        See `slimkit.training.deployment.deploy` for what is measured and returned.
+
+        Args:
+            directory: the artifact's folder.
+            datamodule: data to calibrate, compare and evaluate on; left out, the trainer's.
+            options: passed on.
+        """
+        from slimkit.training.deployment import deploy
+
+        if datamodule is None and self._trainer is not None:
+            datamodule = self.trainer.datamodule or self.trainer  # type: ignore[attr-defined]
+        if datamodule is None:
+            raise SlimkitError("export needs data to compare on: pass your datamodule")
+        return deploy(self, datamodule, Path(directory), **options)
+
+
+def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe.parse(recipe)
+    return Recipe.read(recipe)
+
+

@@ -1,0 +1,182 @@
+"""The callback that prunes: masks grow during a window, then the channels are cut out."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimkit.batches import first_sample, inputs_of
+from slimkit.errors import PruningError
+from slimkit.interfaces import Criterion
+from slimkit.pruning.batchnorm import reestimate_
+from slimkit.pruning.cost import macs
+from slimkit.pruning.masks import Masks
+from slimkit.pruning.prune import analyse, cut_
+from slimkit.pruning.scores import group_scores
+from slimkit.pruning.selection import Selector, Target
+from slimkit.recipe import Prune
+from slimkit.registry import discover
+from slimkit.training.optimizers import shrink_optimizers_
+from slimkit.training.timeline import progress
+
+if TYPE_CHECKING:
+    from slimkit.training.module import SlimModule
+
+
+class PruningCallback(pl.Callback):
+    """Prunes the network of a `SlimModule` on the recipe's timeline.
+
+    Args:
+        module: owns the network and remembers what was done.
+        recipe: the prune section.
+    """
+
+    def __init__(self, module: SlimModule, recipe: Prune) -> None:
+        self.module = module
+        self.recipe = recipe
+        self.target = Target(recipe.target.kind, recipe.target.value)
+        self.criterion: Criterion = discover().create(
+            "criterion", recipe.criterion.name, recipe.criterion.options
+        )
+        self.masks: Masks | None = None
+        self.selector: Selector | None = None
+        self._scores: dict[str, Tensor] = {}
+        self._settling: dict[_BatchNorm, float | None] = {}
+        self._settle_left = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, _module: pl.LightningModule, batch: Any, _batch_idx: int
+    ) -> None:
+        """Analyse at the first batch; cut when the window has closed."""
+        state = self.module.state
+        if not state.cut and self.masks is None:
+            self._analyse(batch)
+        if not state.cut and state.updates >= self._updates:
+            self._cut(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        _module: pl.LightningModule,
+        _outputs: Any,
+        _batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Collect scores, take the next step of the schedule, keep dead channels dead."""
+        self._settle()
+        state = self.module.state
+        if state.cut or self.masks is None:
+            return
+        begin, end = self.recipe.during
+        now = progress(trainer, batch_idx + 1)
+        if now >= begin:
+            needs_gradient = "gradient" in self.criterion.needs
+            if needs_gradient:
+                self._collect_scores()
+            window = max(end - begin, 1e-9)
+            due = min(self._updates, math.floor((now - begin) / window * self._updates + 1e-9))
+            if end == begin or now >= end:
+                due = self._updates
+            if due > state.updates:
+                if not needs_gradient:
+                    self._collect_scores()
+                self._update(due)
+        self.masks.apply_(self.module.network)
+
+    def on_train_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Cut at the latest when training ends."""
+        if not self.module.state.cut and self.masks is not None:
+            if self.module.state.updates < self._updates:
+                if not self._scores:
+                    self._collect_scores()
+                self._update(self._updates)
+            self._cut(trainer)
+            self._finish_settling()
+            batches = trainer.train_dataloader or ()
+            reestimate_(self.module.network, batches, self.recipe.batchnorm_batches)
+        self._finish_settling()
+
+    @property
+    def _updates(self) -> int:
+        return 1 if self.recipe.schedule == "one-shot" else self.recipe.steps
+
+    def _analyse(self, batch: Any) -> None:
+        network = self.module.network
+        inputs = first_sample(inputs_of(batch, network))
+        self.module.state.example_inputs = inputs
+        coupling = analyse(network, inputs, self.recipe.protect)
+        if not coupling.groups:
+            raise PruningError(
+                "nothing can be pruned: "
+                + ("; ".join(f"{n}: {r}" for n, r in list(coupling.frozen.items())[:8]) or "no group")
+            )
+        self.masks = Masks(coupling, self.module.state.living)
+        self.selector = Selector(
+            network,
+            coupling,
+            inputs,
+            round_to=self.recipe.round_to,
+            min_channels=self.recipe.min_channels,
+        )
+        # A target out of reach is said now, not after the window
+        flat = {g.name: torch.ones(g.channels, dtype=torch.float64) for g in coupling.groups}
+        self.selector.choose(flat, self.target)
+
+    def _collect_scores(self) -> None:
+        """Add the scores of the present weights and gradients to those since the last update."""
+        assert self.masks is not None
+        scores = group_scores(self.module.network, self.masks.coupling, self.criterion)
+        for name, score in scores.items():
+            self._scores[name] = self._scores.get(name, torch.zeros_like(score)) + score
+
+    def _update(self, due: int) -> None:
+        assert self.masks is not None
+        assert self.selector is not None
+        fraction = due / self._updates
+        amount = fraction if self.recipe.schedule != "cubic" else 1 - (1 - fraction) ** 3
+        scores = self.masks.silence(self._scores)
+        choice = self.selector.choose(scores, self.target.milder(amount))
+        self.masks.kept = choice.kept
+        self._scores = {}
+        state = self.module.state
+        state.updates = due
+        state.living = {name: kept.clone() for name, kept in choice.kept.items()}
+        state.macs_left = choice.macs / self.selector.dense_macs
+
+    def _cut(self, trainer: pl.Trainer) -> None:
+        """Remove the dead channels, from the optimizers too, and settle batch-norm."""
+        assert self.masks is not None
+        network, state = self.module.network, self.module.state
+        named = network.named_parameters(remove_duplicate=False)
+        shapes = {name: tuple(p.shape) for name, p in named}
+        report = cut_(network, self.masks.coupling, self.masks.kept, state.example_inputs)
+        shrink_optimizers_(trainer.optimizers, network, report.kept, shapes)
+        state.cut = True
+        state.macs_left = macs(network, state.example_inputs) / report.macs[0]
+        self.module.say(
+            f"cut: {report.macs[1] / report.macs[0]:.1%} of the MACs and "
+            f"{report.parameters[1] / report.parameters[0]:.1%} of the parameters are left"
+        )
+        if self.recipe.batchnorm_batches:
+            norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+            self._settling = {m: m.momentum for m in norms if m.track_running_stats}
+            self._settle_left = self.recipe.batchnorm_batches
+            for norm in self._settling:
+                norm.reset_running_stats()
+                norm.momentum = None  # plain average over the next batches
+
+    def _settle(self) -> None:
+        if self._settle_left:
+            self._settle_left -= 1
+            if not self._settle_left:
+                self._finish_settling()
+
+    def _finish_settling(self) -> None:
+        for norm, momentum in self._settling.items():
+            norm.momentum = momentum
+        self._settling, self._settle_left = {}, 0
