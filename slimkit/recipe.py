@@ -268,8 +268,10 @@ class Recipe(_Node):
     """One compression run, from a trained model to files that a device runs."""
 
     version: Literal[1] = Field(default=1, description="Of this format.")
-    model: AnImport = Field(description="Returns an nn.Module, or a LightningModule.")
-    data: AnImport = Field(description="Returns a LightningDataModule.")
+    model: AnImport | None = Field(
+        default=None, description="Returns an nn.Module, or a LightningModule."
+    )
+    data: AnImport | None = Field(default=None, description="Returns a LightningDataModule.")
     task: Literal["classification"] | None = Field(
         default=None,
         description="Gives an nn.Module its loss and metric; a LightningModule has its own.",

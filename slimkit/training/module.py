@@ -95,7 +95,6 @@ class SlimModule(pl.LightningModule):
         active = distill is not None and self.automatic_optimization
         self._distillation = (Distillation(self.network, distill),) if active and distill else ()
         self._forward_hooks_of_inner()
-        self.inner.log = self.log  # type: ignore[method-assign]  # the trainer knows this module
 
     @property
     def network(self) -> nn.Module:
@@ -106,6 +105,15 @@ class SlimModule(pl.LightningModule):
     def dense(self) -> nn.Module:
         """A copy of the network as it was given."""
         return self._dense[0]
+
+    @property
+    def phase(self) -> str:
+        """What the run is doing, for people."""
+        if self.fake is not None:
+            return "quantization-aware"
+        if self.recipe.prune is not None and not self.state.cut:
+            return "pruning" if self.state.updates else "before pruning"
+        return "recovery" if self.recipe.prune is not None else "training"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's forward, with fake-quantizers once they are there."""
@@ -227,6 +235,12 @@ class SlimModule(pl.LightningModule):
             if getattr(type(inner), name) is not getattr(pl.LightningModule, name):
                 setattr(self, name, self._simulated(getattr(inner, name)))
         self.training_step = self._train(inner.training_step)  # type: ignore[method-assign]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Tell the wrapped module, too, which hook runs: its `log` asks for it."""
+        super().__setattr__(name, value)
+        if name == "_current_fx_name" and "inner" in self.__dict__.get("_modules", {}):
+            self.inner._current_fx_name = value
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the wrapped module are found here too (callbacks look for them)."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ncnn
 import numpy as np
+import pnnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,6 +209,53 @@ class Fork(nn.Module):
         return self.a(x) + 2 * self.b(x) + self.c(x)
 
 
+class Pyramid(nn.Module):
+    """Concatenation, pooling, upsampling and SiLU between rounded layers, as in detectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Rounded(16, 3, 3, 3, padding=1)
+        self.b = Rounded(16, 16, 3, 3, padding=1)
+        self.c = Rounded(8, 32, 1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.silu(self.a(x))
+        y = F.leaky_relu(self.b(F.max_pool2d(x, 2)), 0.1)
+        x = torch.cat([x, F.interpolate(y, scale_factor=2.0)], 1)
+        left, right = self.c(x).chunk(2, 1)
+        return torch.sigmoid(left) * right, y
+
+
+def test_detector_like_network_agrees_with_its_simulation(tmp_path: Path) -> None:
+    deployed = deployable(Pyramid(), normal(1, 3, 16, 16))
+    compiled(deployed, tmp_path)
+    x = normal(1, 3, 16, 16, seed=1)
+    outs, expected = Ncnn().load(tmp_path)(x), simulate(deployed, x)
+    assert [out.shape for out in outs] == [(1, 4, 16, 16), (1, 16, 8, 8)]
+    for out, reference in zip(outs, expected, strict=True):
+        assert sqnr(reference, out) > 40
+    assert Ncnn().operators(tmp_path)["Convolution int8"] == 3
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(20, 16), Rounded(12, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.linear(F.layer_norm(self.embedding(ids), (16,)))
+
+
+def test_token_ids_and_linear_layers_without_any_convolution(tmp_path: Path) -> None:
+    ids = torch.arange(6)[None]
+    deployed = deployable(Tokens(), ids)
+    compiled(deployed, tmp_path)
+    (out,) = Ncnn().load(tmp_path)(ids)
+    assert out.shape == (1, 6, 12)
+    assert sqnr(simulate(deployed, ids)[0], out) > 40
+    assert Ncnn().operators(tmp_path)["InnerProduct int8"] == 1
+
+
 def test_one_tensor_may_be_rounded_for_several_layers(tmp_path: Path) -> None:
     net, x = Fork(), normal(1, 3, 8, 8)
     net.b[0].hi = 20.0
@@ -260,6 +308,23 @@ def test_operation_that_ncnn_lacks_is_named() -> None:
     deployed = deployable(Call(lambda x: torch.cummax(x, 1)[0]), normal(1, 8, 4), quantized=False)
     (problem,) = Ncnn().check(deployed)
     assert "cummax" in problem
+
+
+def test_crash_of_pnnx_tells_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "pnnx"
+    program.write_text(
+        "#!/bin/sh\necho '#### pass_level2'\necho aten::strange >&2\nkill -SEGV $$\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(pnnx, "EXEC_PATH", str(program))
+    with pytest.raises(ExportError, match="crashed .SIGSEGV. in pass_level2.*aten::strange"):
+        compiled(deployable(Rounded(4, 8), normal(1, 8)), tmp_path)
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ncnn", None)
+    with pytest.raises(ExportError, match="pip install ncnn"):
+        Ncnn().load(tmp_path)
 
 
 def test_batches_are_refused(tmp_path: Path) -> None:

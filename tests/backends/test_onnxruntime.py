@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import onnx
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from quantized_programs import Layer, Round, deployable, normal, simulate, sqnr
 from torch import Tensor, nn
 
+from slimkit.builtin.backends import onnxruntime as backend
 from slimkit.builtin.backends.onnxruntime import OnnxRuntime
 from slimkit.errors import ExportError
 from slimkit.interfaces import Deployable
@@ -272,6 +274,32 @@ def test_directory_may_go_after_loading(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").unlink()
     torch.testing.assert_close(run(normal(1, 3, 32, 32))[0], before)
     with pytest.raises(ExportError, match="is missing"):
+        OnnxRuntime().load(tmp_path)
+
+
+def test_weights_beyond_the_limit_lie_beside_the_graph(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(backend, "SINGLE_FILE_LIMIT", 1000)
+    deployed = deployable(Residual(), normal(1, 3, 32, 32))
+    run = OnnxRuntime().load(compiled(deployed, tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert OnnxRuntime().operators(tmp_path)["QLinearConv"] == 5
+    x = normal(1, 3, 32, 32)
+    assert sqnr(simulate(deployed, x)[0], run(x)[0]) >= 35
+
+
+@pytest.mark.parametrize("fill", [1.0, float("-inf")])
+def test_padding_with_what_no_integer_stands_for_stays_exact(fill: float, tmp_path: Path) -> None:
+    net, x = nn.Sequential(Round(), nn.ConstantPad1d(1, fill)), normal(1, 8, 4)
+    deployed = deployable(net, x)
+    (out,) = OnnxRuntime().load(compiled(deployed, tmp_path))(x)
+    torch.testing.assert_close(out, simulate(deployed, x)[0])
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ExportError, match="pip install onnxruntime"):
         OnnxRuntime().load(tmp_path)
 
 

@@ -109,10 +109,9 @@ def _moves_only(graph: ir.Graph, node: ir.Node, dq: ir.Node) -> bool:
             return True
         given = node.inputs[2] if len(node.inputs) > 2 else None
         fill = np.float32(0) if given is None else _array(given)
-        if fill is None:
+        if fill is None or not _on_grid(dq, float(fill)):
             return False
-        axes = [node.inputs[3]] if len(node.inputs) > 3 else []
-        node.resize_inputs(3 + len(axes))
+        node.resize_inputs(max(3, len(node.inputs)))
         node.replace_input_with(2, _const(graph, _rounded(dq, float(fill))))
     return True
 
@@ -163,6 +162,15 @@ def _rounded(node: ir.Node, x: float) -> np.ndarray:
     limits = np.iinfo(zero.dtype)
     q = np.rint(np.float32(x) / scale.astype(np.float32)) + zero.astype(np.float32)
     return np.clip(q, limits.min, limits.max).astype(zero.dtype)
+
+
+def _on_grid(dq: ir.Node, x: float) -> bool:
+    """Whether `x` is one of the numbers that a DequantizeLinear makes."""
+    scale, zero = _array(dq.inputs[1]), _zero(dq)
+    if scale is None or zero is None:
+        return False
+    steps = _rounded(dq, x).astype(np.float32) - zero.astype(np.float32)
+    return bool(steps * scale.astype(np.float32) == np.float32(x))
 
 
 def _array(value: ir.Value | None) -> np.ndarray | None:

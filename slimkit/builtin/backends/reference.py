@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme, tensors_of
+from slimkit.builtin.backends.onnxruntime import OnnxRuntime
+from slimkit.interfaces import Backend, Deployable, Runner, tensors_of
 
 FILE = "model.pt2"
 
@@ -19,21 +20,7 @@ class Reference(Backend):
     it is what every other backend's output is compared with.
     """
 
-    scheme = Scheme(
-        activations=Grid(bits=8, signed=False, symmetric=False),
-        weights=Grid(bits=8, per_channel=True),
-        operations=frozenset(
-            {"conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "add", "mul", "cat", "concat"}
-            | {"avg_pool2d", "adaptive_avg_pool2d", "mean", "sigmoid", "leaky_relu", "softmax"}
-        ),
-        placement="tensors",
-        keeps=frozenset(
-            {"max_pool1d", "max_pool2d", "max_pool3d", "flatten", "reshape", "view", "permute"}
-            | {"transpose", "squeeze", "unsqueeze", "dropout", "chunk", "split", "getitem"}
-        ),
-        fuses=frozenset({"batch_norm", "relu", "relu6", "hardtanh", "clamp"}),
-        bias_bits=32,
-    )
+    scheme = OnnxRuntime.scheme
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.pt2``."""

@@ -1,0 +1,71 @@
+"""`slimkit run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the artifact.  [default: the recipe's own, or runs/<recipe's name>]",
+)
+@click.option("--epochs", type=click.IntRange(min=0), help="Instead of the recipe's max_epochs.")
+@click.option("--fresh", is_flag=True, help="Start over; do not go on from an unfinished run.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars, no lines between.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+def run(
+    recipe: Path, output: Path | None, epochs: int | None, fresh: bool, quiet: bool, as_json: bool
+) -> None:
+    """Prune, distil, quantize, export and prove: everything that RECIPE says.
+
+    RECIPE is a YAML file (or "demo": the recipe that ships with slimkit). Model and data are found
+    in the current folder or among the installed packages. The artifact is a folder with the
+    compressed weights, a file for each runtime, the measurements and report.html.
+
+    A run that was killed goes on from its last epoch when the same command is given again. If a
+    gate of the recipe is missed, the exit code is 3, the new artifact is put into
+    <output>.rejected, and the last good one stays.
+    """
+    from slimkit.check import problems
+    from slimkit.errors import RecipeError
+    from slimkit.recipe import Recipe
+
+    path = demo_recipe() if str(recipe) == "demo" else recipe
+    found = problems(path)
+    if found:
+        raise RecipeError(f"{path} cannot be used:", found)
+    what = Recipe.read(path)
+    if epochs is not None:
+        trainer = what.trainer.model_copy(update={"max_epochs": epochs})
+        what = what.model_copy(update={"trainer": trainer})
+    target = output or what.output or Path("runs") / (path.stem if path != demo_recipe() else "demo")
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(f"slimkit: {line}", err=True)
+
+    from slimkit.cli.results import show
+    from slimkit.progress import quiet as without_bars
+
+    with without_bars(quiet):
+        say("loading torch and Lightning")
+        from slimkit.training.deployment import MissedGates
+        from slimkit.training.run import run as run_recipe
+
+        try:
+            release, timing = run_recipe(what, target, say=say, fresh=fresh)
+        except MissedGates as error:
+            show(error.release, {}, as_json=as_json)
+            raise
+    show(release, timing.seconds, as_json=as_json)
+
+
+def demo_recipe() -> Path:
+    """The recipe that ships with slimkit."""
+    return Path(__file__).parent.parent / "demo" / "recipe.yaml"

@@ -1,0 +1,66 @@
+"""The table of deployed files in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+NAMES = {"dense": "dense", "compressed": "pruned + distilled", "int8": "int8, deployed"}
+
+
+def human(count: float) -> str:
+    """A count in thousands or millions.
+
+    >>> human(853018), human(125485696)
+    ('853 k', '125.5 M')
+    """
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} G"
+    if count >= 1e6:
+        return f"{count / 1e6:.1f} M"
+    return f"{count / 1e3:.0f} k" if count >= 1e4 else f"{count:.0f}"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table as text, from `slimkit.deploy.release.Row.as_dict`."""
+    latency, agreement = row["latency"], row["agreement"]
+    share = agreement["close"] if agreement["top1"] is None else agreement["top1"]
+    metric = "-" if row["metric"] is None else f"{row['metric']:.4f}"
+    return [
+        NAMES.get(row["stage"], row["stage"]),
+        row["runtime"],
+        metric,
+        human(row["parameters"]),
+        human(row["macs"]),
+        f"{row['size_bytes'] / 1024:,.0f} KiB",
+        f"{latency['median_ms']:.3f}",
+        f"{latency['p95_ms']:.3f}",
+        f"{share:.2%}",
+    ]
+
+
+def headings(metric: str | None) -> list[str]:
+    """The columns' names."""
+    return [
+        "model",
+        "runtime",
+        metric or "metric",
+        "params",
+        "MACs",
+        "file",
+        "ms median",
+        "ms p95",
+        "agrees",
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]], metric: str | None) -> Table:
+    """The table of all deployed files, ready for a rich console."""
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for position, name in enumerate(headings(metric)):
+        result.add_column(name, justify="left" if position < 2 else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(*cells(row), style="bold" if row["stage"] == "int8" else "")
+    return result

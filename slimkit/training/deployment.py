@@ -1,0 +1,265 @@
+"""From a trained `SlimModule` to an artifact: quantize, compile, evaluate the files, hold gates."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from slimkit.batches import first_sample, inputs_of
+from slimkit.deploy.artifact import Contents, write
+from slimkit.deploy.folder import check_target, replacing
+from slimkit.deploy.gates import missed
+from slimkit.deploy.release import Row, release, verdicts
+from slimkit.errors import GateError, SlimkitError
+from slimkit.interfaces import Backend
+from slimkit.quantization.calibration import quantize
+from slimkit.quantization.fake import QuantizedModel
+from slimkit.recipe import Metric
+from slimkit.registry import discover
+from slimkit.report.page import write_report
+from slimkit.training.evaluation import Evaluator
+
+if TYPE_CHECKING:
+    from slimkit.training.module import SlimModule
+
+MOST_COMPARED = 1000  # inputs on which file and simulation are compared
+
+
+@dataclass(frozen=True)
+class Release:
+    """What `deploy` made and measured.
+
+    Args:
+        directory: the artifact.
+        rows: one per stage and runtime.
+        metric: which metric the rows hold; None where there was no data to evaluate on.
+        verdicts: per runtime, whether int8 pays.
+    """
+
+    directory: Path
+    rows: list[Row]
+    metric: Metric | None
+    verdicts: dict[str, str]
+
+
+def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
+    """Deploy the network of `module` with every backend of its recipe and write the artifact.
+
+    Dense, compressed and int8 models are compiled, run, compared and measured side by side; the
+    last stage's files stay in the artifact.
+
+    Args:
+        module: trained, or pruned at once.
+        data: a LightningDataModule, or a Trainer that has loaders.
+        directory: the artifact's folder; what lies there is replaced only if all gates hold.
+
+    Raises:
+        GateError: a gate was missed; the artifact is written beside, with ``.rejected``.
+    """
+    recipe = module.recipe
+    check_target(directory)
+    loaders = Loaders(data)
+    network = copy.deepcopy(module.network).cpu().eval()
+    dense = copy.deepcopy(module.dense).cpu().eval()
+    batch = next(iter(loaders.calibration()), None)
+    if batch is None:
+        raise SlimkitError("the training data is empty: it gave no batch")
+    inputs = first_sample(tree_map(_cpu, inputs_of(batch)))
+    backends: dict[str, Backend] = {
+        ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
+    }
+    stages: dict[str, dict[str, nn.Module]] = {
+        "dense": dict.fromkeys(backends, dense),
+        "compressed": dict.fromkeys(backends, network),
+    }
+    quantized = _quantized(module, network, backends, loaders)
+    if quantized:
+        stages["int8"] = dict(quantized)
+    evaluator = Evaluator(module.inner, loaders.evaluation(), recipe.metric)
+    with replacing(_aside(directory)) as work:
+        rows = release(
+            stages,
+            backends,
+            inputs,
+            work / "exports",
+            agreement_inputs=_inputs(loaders.evaluation()),
+            evaluate=evaluator,
+        )
+        result = Release(directory, rows, evaluator.metric, verdicts(rows))
+        misses = missed(
+            recipe.gates,
+            rows,
+            larger_is_better=evaluator.metric is None or evaluator.metric.mode == "max",
+        )
+        _write(work, module, network, quantized, result, misses)
+    if misses:
+        rejected = directory.with_name(f"{directory.name}.rejected")
+        _move(_aside(directory), rejected)
+        raise MissedGates(misses, Release(rejected, rows, result.metric, result.verdicts))
+    _move(_aside(directory), directory)
+    return result
+
+
+class MissedGates(GateError):
+    """The files work but miss a gate.
+
+    Args:
+        misses: one sentence a gate.
+        release: what was measured; its directory is the rejected artifact.
+    """
+
+    def __init__(self, misses: list[str], release: Release) -> None:
+        lines = ["a gate was missed:", *misses, f"the rejected artifact is in {release.directory}"]
+        super().__init__("\n  ".join(lines))
+        self.misses = misses
+        self.release = release
+
+
+class Loaders:
+    """The loaders of a LightningDataModule or of a Trainer, for calibration and evaluation."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self._ready: set[str] = set()
+
+    def calibration(self) -> Any:
+        """Training batches."""
+        return self._loader("fit", "train_dataloader", "train_dataloader")
+
+    def evaluation(self) -> Any:
+        """Test batches, or validation batches where there is no test set."""
+        loader = self._loader("test", "test_dataloader", "test_dataloaders")
+        if not loader:
+            loader = self._loader("validate", "val_dataloader", "val_dataloaders")
+        if not loader:
+            raise SlimkitError(
+                "the data has neither a test nor a validation loader: accuracy and agreement "
+                "cannot be measured"
+            )
+        return loader
+
+    def _loader(self, stage: str, method: str, attribute: str) -> Any:
+        if hasattr(self.data, "setup"):
+            if stage not in self._ready:
+                if not self._ready:
+                    self.data.prepare_data()
+                self.data.setup(stage)
+                self._ready.add(stage)
+            try:
+                return getattr(self.data, method)()
+            except Exception as error:
+                if type(error).__name__ != "MisconfigurationException":  # not overridden
+                    raise
+                return None
+        return getattr(self.data, attribute, None)
+
+
+def _quantized(
+    module: SlimModule, network: nn.Module, backends: dict[str, Backend], loaders: Loaders
+) -> dict[str, QuantizedModel]:
+    """The simulation for each backend; the first keeps the ranges it was trained with."""
+    section = module.recipe.quantize
+    if section is None:
+        return {}
+    weights, activations = section.weights.model_dump(), section.activations.model_dump()
+    result = {}
+    for name, backend in backends.items():
+        trained = module.fake
+        if trained is not None and trained.state == "quantize" and trained.scheme == backend.scheme:
+            fake = copy.deepcopy(trained).cpu()
+            result[name] = QuantizedModel(network, fake, name, (weights, activations)).eval()
+            continue
+        made = quantize(
+            network,
+            list(islice(loaders.calibration(), section.calibration_batches)),
+            backend,
+            weights=weights,
+            activations=activations,
+            batches=section.calibration_batches,
+            keep_float=section.keep_float,
+        )
+        made.backend = name
+        result[name] = made.eval()
+    return result
+
+
+def _inputs(loader: Any) -> tuple[Any, ...]:
+    """Inputs of up to `MOST_COMPARED` samples, as one large batch."""
+    columns: list[tuple[Any, ...]] = []
+    count = 0
+    for batch in loader:
+        inputs = tree_map(_cpu, inputs_of(batch))
+        columns.append(inputs)
+        count += len(inputs[0]) if isinstance(inputs[0], torch.Tensor) else 1
+        if count >= MOST_COMPARED:
+            break
+    if not columns:
+        raise SlimkitError("the evaluation data is empty: it gave no batch")
+    return tuple(tree_map(lambda *ts: torch.cat(ts), *column) for column in zip(*columns, strict=True))
+
+
+def _cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _write(
+    work: Path,
+    module: SlimModule,
+    network: nn.Module,
+    quantized: dict[str, QuantizedModel],
+    result: Release,
+    misses: list[str],
+) -> None:
+    recipe = module.recipe
+    (work / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    used = [("backend", ref.name) for ref in recipe.export]
+    if recipe.prune is not None:
+        used.append(("criterion", recipe.prune.criterion.name))
+    if recipe.quantize is not None:
+        used += [("quantizer", recipe.quantize.weights.name)]
+        used += [("quantizer", recipe.quantize.activations.name)]
+    if recipe.distill is not None:
+        used += [("loss", loss.name) for loss in recipe.distill.losses]
+    report = getattr(network, "slimkit_pruning", None)
+    metrics = {
+        "metric": None if result.metric is None else result.metric.model_dump(),
+        "rows": [row.as_dict() for row in result.rows],
+        "verdicts": result.verdicts,
+        "missed": misses,
+        "pruning": None
+        if report is None
+        else {"groups": report.groups, "frozen": report.frozen},
+    }
+    write_report(work / "report.html", metrics, recipe.to_yaml())
+    contents = Contents(
+        network,
+        quantized,
+        model=None if recipe.model is None else recipe.model.model_dump(),
+        recipe=recipe.model_dump(mode="json"),
+        used=list(dict.fromkeys(used)),
+        metrics=metrics,
+    )
+    write(work, contents)
+
+
+def _aside(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.new")
+
+
+def _move(source: Path, target: Path) -> None:
+    """Put a finished artifact in place of an older one."""
+    import shutil
+
+    check_target(target)
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""Measures the task's own metric of anything callable: a module, a simulation, a deployed file."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from slimkit.errors import SlimkitError, did_you_mean
+from slimkit.recipe import Metric
+from slimkit.training.classification import Classification
+
+_GOOD = ("acc", "map", "f1", "iou", "auc", "dice", "psnr", "precision", "recall")
+_BAD = ("loss", "error", "mse", "mae", "perplexity")
+
+
+class Evaluator:
+    """Runs the validation step of a LightningModule with its network's forward replaced.
+
+    Args:
+        inner: the user's LightningModule; copied.
+        loader: batches to evaluate on.
+        metric: which metric; None chooses the first that reads like an accuracy.
+    """
+
+    def __init__(self, inner: pl.LightningModule, loader: Any, metric: Metric | None) -> None:
+        self.inner = inner
+        self.loader = loader
+        self.metric = metric
+
+    def __call__(self, forward: Callable[..., Any]) -> float:
+        """The metric over all batches, computed by `forward`.
+
+        Raises:
+            SlimkitError: there is no validation step, it never calls the forward, or it does not
+                log the metric.
+        """
+        probe = copy.deepcopy(self.inner).cpu()
+        network = probe.model if isinstance(probe, Classification) else probe
+        calls = 0
+
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return forward(*args, **kwargs)
+
+        network.forward = replaced  # type: ignore[method-assign]
+        with muted():
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            with torch.no_grad():
+                trainer.validate(probe, dataloaders=self.loader, verbose=False)
+        if not calls:
+            raise SlimkitError(
+                f"{type(self.inner).__name__}.validation_step never calls the module itself, so a "
+                "deployed file cannot be evaluated: write self(x) there and move what it calls "
+                "into forward"
+            )
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if self.metric is None:
+            self.metric = _choose(logged)
+        if self.metric.name not in logged:
+            raise SlimkitError(
+                f"metric: validation logs no {self.metric.name!r}"
+                + did_you_mean(self.metric.name, logged)
+            )
+        return logged[self.metric.name]
+
+
+def _choose(logged: dict[str, float]) -> Metric:
+    for name in logged:
+        if any(word in name.lower() for word in _GOOD):
+            return Metric(name=name)
+    for name in logged:
+        if any(word in name.lower() for word in _BAD):
+            return Metric(name=name, mode="min")
+    if logged:
+        return Metric(name=next(iter(logged)))
+    raise SlimkitError("the validation step logs no metric; log one, such as val_accuracy")
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Inside, Lightning's notices about hardware and its advice on workers are not printed."""
+    loggers = [logging.getLogger(n) for n in ("pytorch_lightning", "lightning.pytorch")]
+    rank_zero = [logging.getLogger("pytorch_lightning.utilities.rank_zero")]
+    levels = {log: log.level for log in loggers + rank_zero}
+    for log in levels:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning.*")
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            yield
+    finally:
+        for log, level in levels.items():
+            log.setLevel(level)

@@ -1,0 +1,250 @@
+"""`slimkit run`: from a recipe to an artifact, and on from the last checkpoint after a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from slimkit.batches import first_sample, inputs_of
+from slimkit.errors import SlimkitError
+from slimkit.importing import build
+from slimkit.interfaces import Criterion
+from slimkit.progress import is_quiet
+from slimkit.pruning.batchnorm import reestimate_
+from slimkit.pruning.prune import analyse, cut_to_target_
+from slimkit.pruning.scores import group_scores, scores_over_batches
+from slimkit.pruning.selection import Target
+from slimkit.recipe import Import, Recipe
+from slimkit.registry import discover
+from slimkit.training.classification import Classification
+from slimkit.training.deployment import Loaders, Release, deploy
+from slimkit.training.evaluation import muted
+from slimkit.training.module import SlimModule
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Timing:
+    """Seconds that each part of a run took, by name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time the block under `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple[Release, Timing]:
+    """Do what `recipe` says and leave the artifact in `output`.
+
+    Checkpoints lie in ``<output>.work`` until the run is done. The same call after a crash goes
+    on from the last one; `fresh` starts over.
+
+    Args:
+        recipe: names model and data.
+        output: the artifact's folder.
+        say: called with one line at each step.
+        fresh: forget an earlier unfinished run.
+
+    Raises:
+        SlimkitError: bad input.
+        GateError: a gate was missed; the artifact is in ``<output>.rejected``.
+    """
+    model_import, data_import = _needed(recipe)
+    work = output.with_name(f"{output.name}.work")
+    key = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+    if fresh or not _same_run(work, key):
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "recipe.sha256").write_text(key)
+    timing = Timing()
+    with muted():
+        pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
+    data = build(data_import.model_dump(), "data", pl.LightningDataModule)
+    pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
+    model = build(model_import.model_dump(), "model", nn.Module)
+    if recipe.weights is not None:
+        _load_weights(model, recipe.weights)
+    with timing.part("training the dense model"):
+        model = _pretrained(recipe, model, data, work, say)
+    module = SlimModule(model, recipe)
+    pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
+    with timing.part("pruning, distilling, quantization-aware training"):
+        if recipe.trainer.max_epochs:
+            _fit(module, data, work, say)
+        elif recipe.prune is not None:
+            _prune_at_once(module, Loaders(data), say)
+    say("exporting, running and measuring the files")
+    with timing.part("exporting and measuring"):
+        release = deploy(module, data, output)
+    for leftover in ("last.ckpt", "dense.safetensors", "recipe.sha256"):
+        (work / leftover).unlink(missing_ok=True)
+    return release, timing
+
+
+def _needed(recipe: Recipe) -> tuple[Import, Import]:
+    if recipe.model is None or recipe.data is None:
+        gap = "model" if recipe.model is None else "data"
+        raise SlimkitError(f"the recipe names no {gap}: add `{gap}: package.module:name`")
+    return recipe.model, recipe.data
+
+
+def _same_run(work: Path, key: str) -> bool:
+    note = work / "recipe.sha256"
+    return note.is_file() and note.read_text() == key
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+        model.load_state_dict(state, strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        first = "\n  ".join(str(error).splitlines()[:4])
+        raise SlimkitError(f"weights: {path} cannot be loaded into the model: {first}") from error
+
+
+def _trainer(recipe: Recipe, work: Path, max_epochs: int, **more: Any) -> pl.Trainer:
+    arguments = {
+        "logger": CSVLogger(str(work), name="logs"),
+        "enable_progress_bar": not is_quiet(),
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 10,
+        **recipe.trainer.arguments,
+        "max_epochs": max_epochs,
+        **more,
+    }
+    return pl.Trainer(**arguments)
+
+
+def _pretrained(
+    recipe: Recipe, model: nn.Module, data: pl.LightningDataModule, work: Path, say: Say
+) -> nn.Module:
+    """The model after the recipe's pretraining, if it asks for one; kept for a resumed run."""
+    if recipe.pretrain is None:
+        return model
+    kept = work / "dense.safetensors"
+    if kept.is_file():
+        say("the dense model was trained already; going on")
+        model.load_state_dict(load_file(kept))
+        return model
+    epochs = recipe.pretrain.max_epochs
+    say(f"training the dense model for {epochs} epochs")
+    lightning = isinstance(model, pl.LightningModule)
+    inner = model if lightning else Classification(model, recipe.pretrain.optimizer)
+    assert isinstance(inner, pl.LightningModule)
+    with muted():
+        _trainer(recipe, work, epochs, callbacks=[EpochLine(say)]).fit(inner, datamodule=data)
+    inner.cpu()
+    partial = kept.with_suffix(".partial")
+    save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, partial)
+    partial.rename(kept)
+    return model
+
+
+def _fit(module: SlimModule, data: pl.LightningDataModule, work: Path, say: Say) -> None:
+    recipe = module.recipe
+    last = work / "last.ckpt"
+    if last.is_file():
+        say(f"going on from {last}")
+    keep = ModelCheckpoint(dirpath=work, filename="epoch", save_last=True, save_top_k=0)
+    trainer = _trainer(
+        recipe,
+        work,
+        recipe.trainer.max_epochs,
+        enable_checkpointing=True,
+        callbacks=[keep, EpochLine(say)],
+    )
+    with muted():
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
+    """One-shot pruning without training, for ``max_epochs: 0``."""
+    section = module.recipe.prune
+    assert section is not None
+    network = module.network
+    batch = next(iter(loaders.calibration()), None)
+    if batch is None:
+        raise SlimkitError("the training data is empty: it gave no batch")
+    inputs = first_sample(inputs_of(batch, network))
+    module.state.example_inputs = inputs
+    criterion: Criterion = discover().create(
+        "criterion", section.criterion.name, section.criterion.options
+    )
+    coupling = analyse(network, inputs, section.protect)
+    if "gradient" in criterion.needs:
+        step = module.inner.training_step
+
+        def loss(_network: nn.Module, batch: Any) -> torch.Tensor:
+            output = step(batch, 0)
+            return output["loss"] if isinstance(output, dict) else output
+
+        module.inner.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
+        batches = islice(loaders.calibration(), section.data_batches)
+        scores = scores_over_batches(
+            network, coupling, criterion, batches, loss, section.data_batches
+        )
+        del module.inner.log
+    else:
+        scores = group_scores(network, coupling, criterion)
+    report = cut_to_target_(
+        network,
+        coupling,
+        scores,
+        Target(section.target.kind, section.target.value),
+        inputs,
+        round_to=section.round_to,
+        min_channels=section.min_channels,
+    )
+    module.state.cut = True
+    used = reestimate_(network, loaders.calibration(), section.batchnorm_batches)
+    say(
+        f"pruned at once to {report.macs[1] / report.macs[0]:.1%} of the MACs; "
+        f"batch-norm re-estimated on {used} batches"
+    )
+
+
+class EpochLine(pl.Callback):
+    """Says after each epoch where the run stands.
+
+    Args:
+        say: called with the line.
+    """
+
+    def __init__(self, say: Say) -> None:
+        self.say = say
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """One line: epoch, phase, MACs left, loss, metric."""
+        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
+        if isinstance(module, SlimModule):
+            parts += [module.phase, f"{module.state.macs_left:.0%} of MACs left"]
+        for name, value in trainer.callback_metrics.items():
+            if name in ("train_loss",) or name.startswith("val_"):
+                parts.append(f"{name} {float(value):.4f}")
+        self.say("  ".join(parts))
