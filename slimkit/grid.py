@@ -77,8 +77,11 @@ class Grid:
         return scale, zero_point.to(torch.int32)
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """The integers of `x` as float: clamp(round(x / scale) + zero_point), half to even."""
-        q = (x / self._spread(scale, x)).round() + self._spread(zero_point, x)
+        """The integers of `x` as float: clamp(round(x * (1 / scale)) + zero_point), half to even.
+
+        Multiplying by the reciprocal is what PyTorch's own quantize operations do.
+        """
+        q = (x * (1 / self._spread(scale, x))).round() + self._spread(zero_point, x)
         return q.clamp(self.qmin, self.qmax)
 
     def dequantize(self, q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -90,17 +93,25 @@ class Grid:
 
         The gradient with respect to `x` is 1 where `x` is inside the grid's range and 0 where it
         is clipped (Bengio et al. 2013, https://arxiv.org/abs/1308.3432). Computed in float32
-        whatever the precision of `x`, which the result has too.
+        whatever the precision of `x`, which the result has too. Equals `dequantize` of `quantize`;
+        a scale that requires a gradient gets one through the rounding.
         """
-        given = x.dtype
-        x, zero_point = x.float(), zero_point.float()
-        exact = self.dequantize(self.quantize(x, scale, zero_point), scale, zero_point)
-        if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
-            return exact.to(given)
-        lo = self._spread((self.qmin - zero_point) * scale, x)
-        hi = self._spread((self.qmax - zero_point) * scale, x)
-        clipped = torch.minimum(torch.maximum(x, lo), hi)
-        return (clipped + (exact - clipped).detach()).to(given)
+        given, x = x.dtype, x.float()
+        if scale.requires_grad:
+            step, zero = self._spread(scale, x), self._spread(zero_point, x)
+            scaled = x / step
+            rounded = scaled + (scaled.round() - scaled).detach() + zero
+            return ((rounded.clamp(self.qmin, self.qmax) - zero) * step).to(given)
+        scale, zero_point = scale.to(x.device), zero_point.to(x.device, torch.int32)
+        if self.per_channel:
+            y = torch.fake_quantize_per_channel_affine(
+                x, scale, zero_point, self.axis, self.qmin, self.qmax
+            )
+        else:
+            y = torch.fake_quantize_per_tensor_affine(
+                x, scale.reshape(()), zero_point.reshape(()), self.qmin, self.qmax
+            )
+        return y.to(given)
 
     def _spread(self, per_scale: Tensor, x: Tensor) -> Tensor:
         """Reshape one value per scale so that it broadcasts against `x`."""

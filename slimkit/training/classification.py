@@ -96,4 +96,5 @@ class Classification(pl.LightningModule):
             metric = MulticlassAccuracy(logits.shape[1], average="micro").to(logits.device)
             setattr(self, f"{part}_metric", metric)
         metric(logits, labels)
-        self.log(f"{part}_accuracy", metric, on_epoch=True, prog_bar=True)
+        name = f"{part}_metric"
+        self.log(f"{part}_accuracy", metric, on_epoch=True, prog_bar=True, metric_attribute=name)
