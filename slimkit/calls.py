@@ -181,9 +181,7 @@ class _Recorder(CallMode):
         if made and not all(id(t) in self._state for t in made):
             outputs = tuple(self.number(t, new=True) for t in made)
             shape = tuple(made[0].shape)
-            self.trace.calls.append(
-                Call(name, op, tuple(inputs), outputs, state, arguments, shape)
-            )
+            self.trace.calls.append(Call(name, op, tuple(inputs), outputs, state, arguments, shape))
         return out
 
 
@@ -195,7 +193,8 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), _Recorder(model) as recorder:
+        recorder = _Recorder(model)
+        with torch.no_grad(), recorder:
             numbers = [recorder.number(t) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
             out = model(*inputs)
             recorder.trace.inputs = tuple(numbers)

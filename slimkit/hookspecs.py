@@ -70,7 +70,7 @@ def slimkit_quantizers() -> Iterable[Plugin]:
 
         @hookimpl
         def slimkit_quantizers():
-            yield Plugin("last-batch", "slimkit_lastbatch.quantizer:LastBatch", "Range of the last batch")
+            yield Plugin("last-batch", "slimkit_lastbatch.quantizer:LastBatch", "The last batch")
 
         # slimkit_lastbatch/quantizer.py
         import torch

@@ -33,8 +33,7 @@ def build(what: Mapping[str, Any], role: str, kind: type[T]) -> T:
         module = import_module(module_name)
     except Exception as error:
         raise SlimkitError(
-            f"{role}: {module_name} cannot be imported from {here}: "
-            f"{type(error).__name__}: {error}"
+            f"{role}: {module_name} cannot be imported from {here}: {type(error).__name__}: {error}"
         ) from error
     found = getattr(module, name, None)
     if found is None:

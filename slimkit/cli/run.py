@@ -44,7 +44,9 @@ def run(
     if epochs is not None:
         trainer = what.trainer.model_copy(update={"max_epochs": epochs})
         what = what.model_copy(update={"trainer": trainer})
-    target = output or what.output or Path("runs") / (path.stem if path != demo_recipe() else "demo")
+    target = (
+        output or what.output or Path("runs") / (path.stem if path != demo_recipe() else "demo")
+    )
 
     def say(line: str) -> None:
         if not quiet:

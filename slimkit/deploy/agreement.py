@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -39,6 +38,7 @@ class Agreement:
 def compare(simulated: Sequence[Tensor], deployed: Sequence[Tensor]) -> Agreement:
     """Compare outputs, each of shape (inputs, ...), in the same order.
 
+    >>> import torch
     >>> a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> compare([a], [torch.tensor([[1.0, 0.0], [1.1, 1.0]])]).top1
     0.5

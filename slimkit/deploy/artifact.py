@@ -148,9 +148,7 @@ def load(
     )
     _load_state(fake, _below(tensors, f"fake.{name}."), folder)
     fake.state = "quantize"
-    return QuantizedModel(
-        network, fake, name, (saved["weights"], saved["activations"])
-    ).eval()
+    return QuantizedModel(network, fake, name, (saved["weights"], saved["activations"])).eval()
 
 
 class _Graph(nn.Module):

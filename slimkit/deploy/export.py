@@ -105,8 +105,7 @@ def export(
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
     folder = Path(directory)
     check_target(folder)
-    quantized = isinstance(model, QuantizedModel)
-    if quantized and model.fake.scheme != target.scheme:
+    if isinstance(model, QuantizedModel) and model.fake.scheme != target.scheme:
         raise ExportError(
             f"the model was quantized for {model.backend}, whose arithmetic is not {name}'s; "
             f"call slimkit.quantize(model, data, backend={name!r})"
@@ -121,9 +120,12 @@ def export(
     except (RuntimeError, TypeError) as error:
         raise SlimkitError(f"data does not fit example_inputs: {error}") from error
     with replacing(folder) as work:
-        stage = "int8" if quantized else "compressed"
+        stage = "int8" if isinstance(own, QuantizedModel) else "compressed"
         rows = release(
-            {stage: {name: own}}, {name: target}, inputs, work / "exports",
+            {stage: {name: own}},
+            {name: target},
+            inputs,
+            work / "exports",
             agreement_inputs=together,
         )
         deployable = finish(own, first_sample(inputs))

@@ -124,7 +124,9 @@ def release(
         )
         rows = []
         for item, deployed in track(opened, "comparing"):
-            network = getattr(item.model, "model", item.model) if item.name == "int8" else item.model
+            network = (
+                getattr(item.model, "model", item.model) if item.name == "int8" else item.model
+            )
             with torch.no_grad():
                 agreement = compare(simulate(item.model, *compared), deployed.flat(*compared))
             rows.append(

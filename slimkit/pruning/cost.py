@@ -71,4 +71,3 @@ class CostModel:
             total_parameters += numel
             total_macs += self.macs_per_weight.get(name, 0.0) * numel
         return total_macs, total_parameters
-

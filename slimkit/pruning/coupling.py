@@ -87,11 +87,13 @@ def find_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupling:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph.build_dependency(probe, example_inputs=_plain(example_inputs), verbose=False)
-            found = list(graph.get_all_groups(root_module_types=[nn.modules.conv._ConvNd, nn.Linear]))
+            found = list(
+                graph.get_all_groups(root_module_types=[nn.modules.conv._ConvNd, nn.Linear])
+            )
     except Exception as error:
         raise PruningError(
-            f"{type(model).__name__} cannot be traced for pruning: {type(error).__name__}: {error}. "
-            "Check that model(*example_inputs) runs in evaluation mode and returns tensors that "
+            f"{type(model).__name__} cannot be traced for pruning: {type(error).__name__}: {error} "
+            "- check that model(*example_inputs) runs in evaluation mode and returns tensors that "
             "depend on its parameters."
         ) from error
     names = {module: name for name, module in probe.named_modules()}

@@ -59,9 +59,7 @@ class PruningReport:
         return "\n".join(lines)
 
 
-def analyse(
-    model: nn.Module, inputs: tuple[Any, ...], protect: Sequence[str] = ()
-) -> Coupling:
+def analyse(model: nn.Module, inputs: tuple[Any, ...], protect: Sequence[str] = ()) -> Coupling:
     """The groups of `model` that may be cut, each verified; the rest frozen with its reason.
 
     Raises:
@@ -188,9 +186,7 @@ def prune(
     """
     aim = Target.of(target)
     inputs = as_inputs(example_inputs)
-    chosen = (
-        discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
-    )
+    chosen = discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
     small = copy.deepcopy(model)
     coupling = analyse(small, inputs, protect)
     if "gradient" in chosen.needs:

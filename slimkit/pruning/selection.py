@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import PruningError
-from slimkit.pruning.coupling import Coupling, Group
 from slimkit.pruning.cost import CostModel
+from slimkit.pruning.coupling import Coupling, Group
 from slimkit.pruning.removal import kept_positions
 
 MEASURES = ("flops", "params", "ratio")

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slimkit.calls import CallMode, map_tensors, trace
+from slimkit.calls import trace
 from slimkit.errors import QuantizationError
 from slimkit.interfaces import Grid, Quantizer, Scheme
+from slimkit.quantization.mode import SiteMode
 from slimkit.quantization.sites import Sites, find_sites
 
 Maker = Callable[[Grid], Quantizer]
@@ -115,6 +116,8 @@ class FakeQuantization(nn.Module):
     def fit_weight_(self, name: str, weight: Tensor) -> None:
         """Forget the range of the weight quantizer `name` and observe `weight` afresh."""
         quantizer = self[name]
+        if isinstance(quantizer, Fixed):
+            return
         for key, buffer in quantizer.named_buffers():
             buffer.copy_(self._blank[name][key])
         quantizer.observe(weight)
@@ -125,63 +128,48 @@ def _key(name: str) -> str:
     return name.replace(".", "/") or "root"
 
 
-class _FakeMode(CallMode):
+class Fixed(Quantizer):
+    """A range that was found before and no longer changes, as loaded from an artifact."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid)
+        self.register_buffer("scale", torch.ones(grid.channels))
+        self.register_buffer("zero_point", torch.zeros(grid.channels, dtype=torch.int32))
+
+    def observe(self, x: Tensor) -> None:
+        """Change nothing."""
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as they were loaded."""
+        return self.scale, self.zero_point
+
+
+class _FakeMode(SiteMode):
     """Observes or rounds the tensors at the sites."""
 
     def __init__(self, model: nn.Module, fake: FakeQuantization) -> None:
-        super().__init__(model)
+        super().__init__(model, fake.sites)
         self.fake = fake
         self.rounds = fake.state == "quantize"
-        state = [*model.parameters(), *model.buffers()]
-        self._state = {id(t) for t in state}
 
-    def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        sites = self.fake.sites
-        weighted = sites.weights.get(name)
-        if weighted is not None:
-            args, kwargs = self._weighted(name, weighted[0], args, kwargs)
-        elif name in sites.inputs:
-            args, kwargs = self._inputs(sites.inputs[name], (args, kwargs))
-        out = func(*args, **kwargs)
-        quantizer = sites.outputs.get(name)
-        if quantizer is None:
-            return out
-        return map_tensors(lambda t: self._through(quantizer, t), out)
-
-    def _weighted(self, name: str, quantizer: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Round the input and the weight of a convolution or linear call."""
-        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        source = self.fake.sites.inputs.get(name, {}).get(0)
-        if source is not None:
-            named["input"] = self._through(source, named["input"])
-        if self.rounds:
-            named["weight"] = self.fake.weight(quantizer, named["weight"])
-        rest = args[3:]
-        if rest:
-            first = (named.pop("input"), named.pop("weight"), named.pop("bias"))
-            return (*first, *rest), named
-        return (), named
-
-    def _inputs(self, reads: dict[int, str], arguments: Any) -> Any:
-        """Round the n-th tensor among the arguments, for each n that has a site."""
-        count = -1
-
-        def one(t: Tensor) -> Tensor:
-            nonlocal count
-            if id(t) in self._state:
-                return t
-            count += 1
-            return self._through(reads[count], t) if count in reads else t
-
-        return map_tensors(one, arguments)
-
-    def _through(self, quantizer: str, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
+    def round(self, quantizer: str, x: Tensor) -> Tensor:
         if self.rounds:
             return self.fake[quantizer](x)
         self.fake[quantizer].observe(x.detach())
         return x
+
+    def has_constants(self, call: str) -> bool:
+        return call in self.sites.weights
+
+    def constants(
+        self, call: str, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.rounds:
+            weight = self.fake.weight(self.sites.weights[call][0], weight)
+        return weight, bias
 
 
 class QuantizedModel(nn.Module):
@@ -193,6 +181,8 @@ class QuantizedModel(nn.Module):
         backend: name of the backend whose scheme they follow.
         choices: the quantizers of weights and activations, as a recipe writes them.
     """
+
+    fake: FakeQuantization
 
     def __init__(
         self,
@@ -211,5 +201,3 @@ class QuantizedModel(nn.Module):
         """What the model gives with rounded activations and weights."""
         with self.fake.active(self.model):
             return self.model(*args, **kwargs)
-
-

@@ -17,10 +17,11 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operations
 from torch import Tensor, nn
 
-from slimkit.calls import WEIGHTED, Call, CallMode, Trace, map_tensors, trace
+from slimkit.calls import WEIGHTED, Call, Trace, trace
 from slimkit.errors import ExportError, QuantizationError
 from slimkit.interfaces import Deployable, Grid
 from slimkit.quantization.fake import FakeQuantization, QuantizedModel
+from slimkit.quantization.mode import SiteMode
 from slimkit.quantization.sites import Sites
 
 _ops = torch.ops.quantized_decomposed
@@ -73,8 +74,6 @@ class _Rounding:
     grid: Grid
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
         kind = torch.uint8 if not self.grid.signed else torch.int8
         arguments = (self.scale, self.zero_point, self.grid.qmin, self.grid.qmax, kind)
         return _ops.dequantize_per_tensor(_ops.quantize_per_tensor(x, *arguments), *arguments)
@@ -172,7 +171,9 @@ class _Finished(nn.Module):
             tensor = getattr(module, name)
             empty = torch.empty(0, dtype=tensor.dtype)
             is_parameter = isinstance(tensor, nn.Parameter)
-            setattr(module, name, nn.Parameter(empty, requires_grad=False) if is_parameter else empty)
+            setattr(
+                module, name, nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+            )
 
     def constants(self, names: _Weights) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of one layer, dequantized in the graph where they are integers."""
@@ -239,50 +240,31 @@ def _norm_as_affine(norm: Call, state: dict[str, Tensor]) -> tuple[Tensor, Tenso
     return factor, (0.0 if beta is None else beta) - mean * factor
 
 
-class _FinishedMode(CallMode):
+class _FinishedMode(SiteMode):
     """Replaces each call by what the device computes."""
 
     def __init__(self, finished: _Finished) -> None:
-        super().__init__(finished.network)
+        super().__init__(finished.network, finished.sites)
         self.finished = finished
-        self._state = {id(t) for t in [*finished.network.parameters(), *finished.network.buffers()]}
+
+    def round(self, quantizer: str, x: Tensor) -> Tensor:
+        return self.finished.roundings[quantizer](x)
+
+    def has_constants(self, call: str) -> bool:
+        return call in self.finished.layers
+
+    def constants(
+        self,
+        call: str,
+        weight: Tensor,  # noqa: ARG002  (replaced)
+        bias: Tensor | None,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.finished.constants(self.finished.layers[call])
+
+    def output(self, call: str) -> str | None:
+        return self.finished.moved.get(call) or super().output(call)
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        finished = self.finished
-        if name in finished.skipped:
+        if name in self.finished.skipped:
             return args[0] if args else kwargs["input"]
-        reads = finished.sites.inputs.get(name, {})
-        layer = finished.layers.get(name)
-        if layer is not None:
-            args, kwargs = self._layer(layer, reads, args, kwargs)
-        elif reads:
-            args, kwargs = self._round_inputs(reads, (args, kwargs))
-        out = func(*args, **kwargs)
-        quantizer = finished.moved.get(name, finished.sites.outputs.get(name))
-        if quantizer is None:
-            return out
-        return map_tensors(finished.roundings[quantizer], out)
-
-    def _layer(
-        self, layer: _Weights, reads: dict[int, str], args: Any, kwargs: Any
-    ) -> tuple[Any, Any]:
-        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        x = named.pop("input")
-        if 0 in reads:
-            x = self.finished.roundings[reads[0]](x)
-        named.pop("weight")
-        named.pop("bias", None)
-        weight, bias = self.finished.constants(layer)
-        return (x, weight, bias, *args[3:]), named
-
-    def _round_inputs(self, reads: dict[int, str], arguments: Any) -> Any:
-        count = -1
-
-        def one(t: Tensor) -> Tensor:
-            nonlocal count
-            if id(t) in self._state:
-                return t
-            count += 1
-            return self.finished.roundings[reads[count]](t) if count in reads else t
-
-        return map_tensors(one, arguments)
+        return super().on_call(name, op, func, args, kwargs)

@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-
 from slimkit.calls import WEIGHTED, Call, Trace
 from slimkit.interfaces import Scheme
 
@@ -95,6 +94,14 @@ def _obstacle(call: Call, keep_float: Sequence[str]) -> str:
     return ""
 
 
+def _keeps(call: Call, scheme: Scheme) -> bool:
+    """Whether a call passes integers on unchanged: moving values does, mixing them does not."""
+    if call.op == "interpolate":
+        mode = call.arguments.get("mode", call.arguments.get(3, "nearest"))
+        return "interpolate" in scheme.keeps and mode in ("nearest", "nearest-exact")
+    return call.op in scheme.keeps
+
+
 def _weights(integer: dict[str, Call]) -> dict[str, tuple[str, str]]:
     found = {}
     for name, call in integer.items():
@@ -113,7 +120,7 @@ def _on_tensors(
     for call in reversed(trace.calls):
         if call.name in integer:
             wanted.update(call.inputs[:1] if call.op in WEIGHTED else call.inputs)
-        elif call.op in scheme.keeps and wanted & set(call.outputs):
+        elif _keeps(call, scheme) and wanted & set(call.outputs):
             wanted.update(call.inputs)
 
     def fused(call: Call) -> Call | None:
@@ -133,7 +140,7 @@ def _on_tensors(
         rounded[number] = f"input{n}"
         for reader in readers.get(number, []):
             for position, read in enumerate(reader.inputs):
-                if read == number and (reader.name in integer or reader.op in scheme.keeps):
+                if read == number and (reader.name in integer or _keeps(reader, scheme)):
                     inputs.setdefault(reader.name, {})[position] = f"input{n}"
     merged: set[str] = set()
     for call in trace.calls:
@@ -146,7 +153,7 @@ def _on_tensors(
                 merged.add(end.name)
         made = set(end.outputs)
         leaves = made & trace.outputs
-        if end.op in scheme.keeps and end.inputs and end.inputs[0] in rounded:
+        if _keeps(end, scheme) and end.inputs and end.inputs[0] in rounded:
             if made & wanted:
                 outputs[end.name] = rounded[end.inputs[0]]
                 rounded.update(dict.fromkeys(made, rounded[end.inputs[0]]))
@@ -154,5 +161,3 @@ def _on_tensors(
             outputs[end.name] = f"{end.name}:out"
             rounded.update(dict.fromkeys(made, outputs[end.name]))
     return Sites(inputs, outputs, _weights(integer), skipped)
-
-

@@ -34,18 +34,18 @@ class Classification(pl.LightningModule):
         """Logits."""
         return self.model(*inputs)
 
-    def training_step(self, batch: Any, _batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Cross-entropy of one batch."""
         logits, labels = self._predict(batch)
         loss = functional.cross_entropy(logits, labels)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Any, _batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Loss and accuracy of one batch."""
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Any, _batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Loss and accuracy of one batch."""
         self._evaluate("test", batch)
 

@@ -24,6 +24,7 @@ from slimkit.quantization.fake import QuantizedModel
 from slimkit.recipe import Metric
 from slimkit.registry import discover
 from slimkit.report.page import write_report
+from slimkit.training.copies import own_copy
 from slimkit.training.evaluation import Evaluator
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
     recipe = module.recipe
     check_target(directory)
     loaders = Loaders(data)
-    network = copy.deepcopy(module.network).cpu().eval()
-    dense = copy.deepcopy(module.dense).cpu().eval()
+    network = own_copy(module.network).cpu().eval()
+    dense = own_copy(module.dense).cpu().eval()
     batch = next(iter(loaders.calibration()), None)
     if batch is None:
         raise SlimkitError("the training data is empty: it gave no batch")
@@ -202,7 +203,9 @@ def _inputs(loader: Any) -> tuple[Any, ...]:
             break
     if not columns:
         raise SlimkitError("the evaluation data is empty: it gave no batch")
-    return tuple(tree_map(lambda *ts: torch.cat(ts), *column) for column in zip(*columns, strict=True))
+    return tuple(
+        tree_map(lambda *ts: torch.cat(ts), *column) for column in zip(*columns, strict=True)
+    )
 
 
 def _cpu(value: Any) -> Any:
@@ -233,9 +236,7 @@ def _write(
         "rows": [row.as_dict() for row in result.rows],
         "verdicts": result.verdicts,
         "missed": misses,
-        "pruning": None
-        if report is None
-        else {"groups": report.groups, "frozen": report.frozen},
+        "pruning": None if report is None else {"groups": report.groups, "frozen": report.frozen},
     }
     write_report(work / "report.html", metrics, recipe.to_yaml())
     contents = Contents(

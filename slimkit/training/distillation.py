@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +14,7 @@ from slimkit.errors import PluginError, SlimkitError, did_you_mean
 from slimkit.interfaces import DistillationLoss
 from slimkit.recipe import Distill
 from slimkit.registry import blame, discover
+from slimkit.training.copies import own_copy
 
 
 class Distillation:
@@ -127,15 +126,13 @@ def _tensor(tensors: Mapping[str, Any], place: str, who: str) -> Tensor:
     if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Tensor):
         return value[0]
     raise SlimkitError(
-        f"distill: at {place!r} the {who} gives {type(value).__name__}, not a tensor; name a module "
-        "in front of it with at:"
+        f"distill: at {place!r} the {who} gives {type(value).__name__}, not a tensor; name another "
+        "module with at:"
     )
 
 
 def _frozen_copy(network: nn.Module) -> nn.Module:
-    teacher = copy.deepcopy(network).eval()
-    if isinstance(teacher, pl.LightningModule):
-        teacher.trainer = None
+    teacher = own_copy(network).eval()
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     return teacher

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import torch
 from slimkit.errors import SlimkitError, did_you_mean
 from slimkit.recipe import Metric
 from slimkit.training.classification import Classification
+from slimkit.training.copies import own_copy
 
 _GOOD = ("acc", "map", "f1", "iou", "auc", "dice", "psnr", "precision", "recall")
 _BAD = ("loss", "error", "mse", "mae", "perplexity")
@@ -41,7 +41,7 @@ class Evaluator:
             SlimkitError: there is no validation step, it never calls the forward, or it does not
                 log the metric.
         """
-        probe = copy.deepcopy(self.inner).cpu()
+        probe = own_copy(self.inner).cpu()
         network = probe.model if isinstance(probe, Classification) else probe
         calls = 0
 
@@ -50,7 +50,7 @@ class Evaluator:
             calls += 1
             return forward(*args, **kwargs)
 
-        network.forward = replaced  # type: ignore[method-assign]
+        network.forward = replaced
         with muted():
             trainer = pl.Trainer(
                 accelerator="cpu",

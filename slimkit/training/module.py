@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from slimkit.quantization.sites import Sites
 from slimkit.recipe import Recipe
 from slimkit.registry import discover
 from slimkit.training.classification import Classification
+from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
 from slimkit.training.pruning import PruningCallback
 from slimkit.training.quantization import QuantizationCallback
@@ -76,7 +76,8 @@ class SlimModule(pl.LightningModule):
         self.recipe = _recipe(recipe)
         self.state = Progress()
         self.fake: FakeQuantization | None = None
-        own = copy.deepcopy(module)
+        self.announce: Callable[[str], None] = _announce
+        own = own_copy(module)
         self.inner: pl.LightningModule
         if isinstance(own, pl.LightningModule):
             self.inner = own
@@ -88,9 +89,12 @@ class SlimModule(pl.LightningModule):
                 "'task: classification' in the recipe, or wrap it in a LightningModule of your own"
             )
         self.automatic_optimization = self.inner.automatic_optimization
+        for name in ("_hparams", "_hparams_initial", "_hparams_name", "_log_hyperparams"):
+            if hasattr(self.inner, name):  # so that loggers get the wrapped module's
+                setattr(self, name, getattr(self.inner, name))
         # Held in a tuple so that neither is a submodule: a teacher belongs in no checkpoint, and
         # the dense copy is what the proof compares with.
-        self._dense = (copy.deepcopy(self.network).eval(),)
+        self._dense = (own_copy(self.network).eval(),)
         distill = self.recipe.distill
         active = distill is not None and self.automatic_optimization
         self._distillation = (Distillation(self.network, distill),) if active and distill else ()
@@ -121,7 +125,8 @@ class SlimModule(pl.LightningModule):
 
     def configure_callbacks(self) -> Any:
         """The callbacks of the recipe's timeline, after the wrapped module's own."""
-        callbacks: list[pl.Callback] = list(self.inner.configure_callbacks())
+        theirs = self.inner.configure_callbacks()
+        callbacks = list(theirs) if isinstance(theirs, Sequence) else [theirs]
         recipe = self.recipe
         if recipe.prune is not None:
             callbacks.append(PruningCallback(self, recipe.prune))
@@ -182,7 +187,7 @@ class SlimModule(pl.LightningModule):
     def say(self, message: str) -> None:
         """One line in the terminal about where the run stands."""
         epoch = f"epoch {self.trainer.current_epoch + 1}/{self.trainer.max_epochs}"
-        rank_zero_info(f"slimkit: {epoch}: {message}")
+        self.announce(f"{epoch}: {message}")
 
     def _simulated(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step` with the fake-quantizers active in the network's operations."""
@@ -271,11 +276,13 @@ class SlimModule(pl.LightningModule):
         return deploy(self, datamodule, Path(directory), **options)
 
 
+def _announce(line: str) -> None:
+    rank_zero_info(f"slimkit: {line}")
+
+
 def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
         return Recipe.parse(recipe)
     return Recipe.read(recipe)
-
-

@@ -113,7 +113,10 @@ class PruningCallback(pl.Callback):
         if not coupling.groups:
             raise PruningError(
                 "nothing can be pruned: "
-                + ("; ".join(f"{n}: {r}" for n, r in list(coupling.frozen.items())[:8]) or "no group")
+                + (
+                    "; ".join(f"{n}: {r}" for n, r in list(coupling.frozen.items())[:8])
+                    or "no group"
+                )
             )
         self.masks = Masks(coupling, self.module.state.living)
         self.selector = Selector(

@@ -86,6 +86,7 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
     with timing.part("training the dense model"):
         model = _pretrained(recipe, model, data, work, say)
     module = SlimModule(model, recipe)
+    module.announce = say
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     with timing.part("pruning, distilling, quantization-aware training"):
         if recipe.trainer.max_epochs:
@@ -170,14 +171,14 @@ def _fit(module: SlimModule, data: pl.LightningDataModule, work: Path, say: Say)
     if last.is_file():
         say(f"going on from {last}")
     keep = ModelCheckpoint(dirpath=work, filename="epoch", save_last=True, save_top_k=0)
-    trainer = _trainer(
-        recipe,
-        work,
-        recipe.trainer.max_epochs,
-        enable_checkpointing=True,
-        callbacks=[keep, EpochLine(say)],
-    )
     with muted():
+        trainer = _trainer(
+            recipe,
+            work,
+            recipe.trainer.max_epochs,
+            enable_checkpointing=True,
+            callbacks=[keep, EpochLine(say)],
+        )
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -201,7 +202,7 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
         step = module.inner.training_step
 
         def loss(_network: nn.Module, batch: Any) -> torch.Tensor:
-            output = step(batch, 0)
+            output: Any = step(batch, 0)
             return output["loss"] if isinstance(output, dict) else output
 
         module.inner.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]

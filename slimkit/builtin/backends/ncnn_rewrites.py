@@ -20,7 +20,8 @@ def strided_slices_as_pooling_(graph: fx.Graph) -> None:
             continue
         source = node.args[0]
         before, after = _value(source), _value(node)
-        dim, start, end, step = (*node.args[1:], *(0, 0, 2**63 - 1, 1)[len(node.args) - 1 :])
+        given = tuple(node.args[1:])
+        dim, start, end, step = given + (0, 0, 2**63 - 1, 1)[len(given) :]
         if before is None or after is None or not isinstance(dim, int) or not isinstance(step, int):
             continue
         if before.shape == after.shape:

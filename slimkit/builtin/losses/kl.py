@@ -27,7 +27,7 @@ class KL(DistillationLoss):
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Divergence in nats times temperature squared, from logits of shape (batch, classes, ...)."""
+        """Divergence in nats times temperature squared; logits of shape (batch, classes, ...)."""
         log_student = functional.log_softmax(student.float() / self.temperature, dim=1)
         log_teacher = functional.log_softmax(teacher.float() / self.temperature, dim=1)
         divergence = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True)
