@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,8 +20,7 @@ from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Grid, Scheme
 from slimkit.pruning.removal import Kept, remove_
-from slimkit.quantization.calibration import maker
-from slimkit.quantization.fake import FakeQuantization, QuantizedModel
+from slimkit.quantization.fake import FakeQuantization, Fixed, QuantizedModel
 from slimkit.quantization.sites import Sites
 from slimkit.registry import discover
 
@@ -56,11 +56,10 @@ def write(directory: Path, contents: Contents) -> None:
     quantization = {}
     for backend, quantized in contents.quantized.items():
         fake = quantized.fake
-        tensors |= {f"fake.{backend}.{k}": v for k, v in fake.state_dict().items()}
+        tensors |= {f"ranges.{backend}.{k}": v for k, v in _ranges(quantized).items()}
         quantization[backend] = {
             "scheme": _scheme_out(fake.scheme),
             "sites": _sites_out(fake.sites),
-            "ranges": _ranges(fake),
             "weights": quantized.choices[0],
             "activations": quantized.choices[1],
         }
@@ -139,15 +138,10 @@ def load(
     if name not in quantization:
         raise ArtifactError(f"{folder} is quantized for {', '.join(quantization)}, not for {name}")
     saved = quantization[name]
-    fake = FakeQuantization(
-        _sites_in(saved["sites"]),
-        _scheme_in(saved["scheme"]),
-        maker(saved["weights"]),
-        maker(saved["activations"]),
-        dict(network.named_parameters(remove_duplicate=False)),
-    )
-    _load_state(fake, _below(tensors, f"fake.{name}."), folder)
-    fake.state = "quantize"
+    try:
+        fake = _fixed(saved, network, _below(tensors, f"ranges.{name}."))
+    except (KeyError, RuntimeError) as error:
+        raise ArtifactError(f"the ranges of {folder} do not fit the model: {error}") from error
     return QuantizedModel(network, fake, name, (saved["weights"], saved["activations"])).eval()
 
 
@@ -178,8 +172,6 @@ def _network(
     content: Mapping[str, Any], model: Callable[[], nn.Module] | nn.Module | None
 ) -> nn.Module | None:
     if isinstance(model, nn.Module):
-        import copy
-
         return copy.deepcopy(model).cpu()
     if model is not None:
         return model().cpu()
@@ -215,13 +207,40 @@ def _compare_versions(plugins: list[dict[str, str]]) -> None:
             )
 
 
-def _ranges(fake: FakeQuantization) -> dict[str, list[float]]:
-    """Scale and zero point of each activation quantizer, for people and other tools."""
+def _ranges(quantized: QuantizedModel) -> dict[str, Tensor]:
+    """Scale and zero point of every quantizer, weights' fitted to the weights as they are."""
+    fake = quantized.fake
+    parameters = dict(quantized.model.named_parameters(remove_duplicate=False))
+    for name, path in fake.sites.weights.values():
+        fake.fit_weight_(name, parameters[path])
     ranges = {}
-    for name in fake.sites.activations:
-        scale, zero_point = fake[name].qparams()
-        ranges[name] = [float(scale), int(zero_point)]
+    for name in _names(fake):
+        ranges[f"{name}.scale"], ranges[f"{name}.zero_point"] = fake[name].qparams()
     return ranges
+
+
+def _names(fake: FakeQuantization) -> list[str]:
+    return [*fake.sites.activations, *(name for name, _ in fake.sites.weights.values())]
+
+
+def _fixed(
+    saved: Mapping[str, Any], network: nn.Module, ranges: Mapping[str, Tensor]
+) -> FakeQuantization:
+    """The fake-quantizers of a manifest with the ranges that were saved."""
+    fake = FakeQuantization(
+        _sites_in(saved["sites"]),
+        _scheme_in(saved["scheme"]),
+        Fixed,
+        Fixed,
+        dict(network.named_parameters(remove_duplicate=False)),
+    )
+    for name in _names(fake):
+        quantizer = fake[name]
+        assert isinstance(quantizer, Fixed)
+        quantizer.scale.copy_(ranges[f"{name}.scale"])
+        quantizer.zero_point.copy_(ranges[f"{name}.zero_point"])
+    fake.state = "quantize"
+    return fake
 
 
 def _scheme_out(scheme: Scheme) -> dict[str, Any]:

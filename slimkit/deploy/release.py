@@ -32,7 +32,8 @@ class Row:
     """What was measured of one deployed file.
 
     Args:
-        stage: ``dense``, ``compressed`` (pruned and distilled, float) or ``int8``.
+        stage: ``dense``, ``compressed`` (float) or ``int8``.
+        label: the stage for people, such as ``pruned + distilled``.
         runtime: the backend's name.
         metric: the task's metric on the evaluation data, computed by the file; None without data.
         parameters: of the model.
@@ -44,6 +45,7 @@ class Row:
     """
 
     stage: str
+    label: str
     runtime: str
     metric: float | None
     parameters: int
@@ -80,6 +82,7 @@ def release(
     *,
     agreement_inputs: tuple[Any, ...] | None = None,
     evaluate: Evaluate | None = None,
+    labels: Mapping[str, str] | None = None,
     seconds: float = 1.0,
 ) -> list[Row]:
     """Compile every stage for every backend, run the files and measure them.
@@ -92,6 +95,7 @@ def release(
         exports: the last stage's files are left in ``exports/<backend>``.
         agreement_inputs: real inputs to compare file and model on; left out, `example_inputs`.
         evaluate: gives the task's metric.
+        labels: stage names for people, where they are not the stages' own.
         seconds: how long each file is timed, about.
 
     Raises:
@@ -132,6 +136,7 @@ def release(
             rows.append(
                 Row(
                     stage=item.name,
+                    label=(labels or {}).get(item.name, item.name),
                     runtime=item.runtime,
                     metric=evaluate(deployed) if evaluate is not None else None,
                     parameters=parameters(network),

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from slimkit.report.table import NAMES, cells, headings
+from slimkit.report.table import cells, headings
 
 
 def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
@@ -35,7 +35,7 @@ def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
         bars=_bars(metrics["rows"]),
         channels=_channels(metrics["pruning"]),
         operators=[
-            (NAMES.get(r["stage"], r["stage"]), r["runtime"], sorted(r["operators"].items()))
+            (r["label"], r["runtime"], sorted(r["operators"].items()))
             for r in metrics["rows"]
             if r["operators"]
         ],
@@ -70,7 +70,7 @@ def _bars(rows: list[Mapping[str, Any]]) -> str:
                 for runtime in runtimes
             ]
             places = [k + n * height for k in range(len(runtimes))]
-            label = NAMES.get(stage, stage)
+            label = next(r["label"] for r in rows if r["stage"] == stage)
             bars = panel.barh(places, values, height * 0.9, color=colors.get(stage), label=label)
             panel.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
         panel.set_yticks([k + height * (len(stages) - 1) / 2 for k in range(len(runtimes))])

@@ -7,8 +7,6 @@ from typing import Any
 
 from rich.table import Table
 
-NAMES = {"dense": "dense", "compressed": "pruned + distilled", "int8": "int8, deployed"}
-
 
 def human(count: float) -> str:
     """A count in thousands or millions.
@@ -29,7 +27,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     share = agreement["close"] if agreement["top1"] is None else agreement["top1"]
     metric = "-" if row["metric"] is None else f"{row['metric']:.4f}"
     return [
-        NAMES.get(row["stage"], row["stage"]),
+        row["label"],
         row["runtime"],
         metric,
         human(row["parameters"]),

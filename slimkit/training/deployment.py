@@ -92,6 +92,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
             work / "exports",
             agreement_inputs=_inputs(loaders.evaluation()),
             evaluate=evaluator,
+            labels=_labels(module),
         )
         result = Release(directory, rows, evaluator.metric, verdicts(rows))
         misses = missed(
@@ -160,6 +161,13 @@ class Loaders:
                     raise
                 return None
         return getattr(self.data, attribute, None)
+
+
+def _labels(module: SlimModule) -> dict[str, str]:
+    """What to call the stages: by what was really done."""
+    done = ["pruned"] if module.state.cut else []
+    done += ["distilled"] if module.state.distilled else []
+    return {"compressed": " + ".join(done) or "float", "int8": "int8, deployed"}
 
 
 def _quantized(

@@ -41,6 +41,7 @@ class Progress:
         cut: whether the dead channels have been removed.
         macs_left: fraction of the dense model's multiply-accumulates.
         observed: training batches that the activation quantizers have seen.
+        distilled: whether the network has learnt from the teacher.
     """
 
     example_inputs: tuple[Any, ...] = ()
@@ -49,6 +50,7 @@ class Progress:
     cut: bool = False
     macs_left: float = 1.0
     observed: int = 0
+    distilled: bool = False
 
 
 class SlimModule(pl.LightningModule):
@@ -220,6 +222,7 @@ class SlimModule(pl.LightningModule):
             for name, value in distillation.losses_of(caught, batch).items():
                 self.log(f"distill/{name}", value.detach())
                 total = total + value
+            self.state.distilled = True
             self.log("slimkit/macs_left", self.state.macs_left)
             return {**output, "loss": total} if isinstance(output, Mapping) else total
 
