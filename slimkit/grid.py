@@ -99,7 +99,7 @@ class Grid:
         given, x = x.dtype, x.float()
         if scale.requires_grad:
             step, zero = self._spread(scale, x), self._spread(zero_point, x)
-            scaled = x / step
+            scaled = x * (1 / step)
             rounded = scaled + (scaled.round() - scaled).detach() + zero
             return ((rounded.clamp(self.qmin, self.qmax) - zero) * step).to(given)
         scale, zero_point = scale.to(x.device), zero_point.to(x.device, torch.int32)

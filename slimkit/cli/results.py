@@ -20,6 +20,7 @@ def show(release: Release, seconds: Mapping[str, float], *, as_json: bool) -> No
         content = {
             "directory": str(release.directory),
             "metric": metric,
+            "data": release.data,
             "rows": rows,
             "verdicts": release.verdicts,
             "seconds": dict(seconds),
@@ -30,13 +31,14 @@ def show(release: Release, seconds: Mapping[str, float], *, as_json: bool) -> No
 
     from rich.console import Console
 
-    from slimkit.report.table import table
+    from slimkit.report.table import footnote, table
 
     width = None if sys.stdout.isatty() else 120
     console = Console(width=width, highlight=False)
     console.print()
     console.print(table(rows, metric))
     console.print()
+    console.print(footnote(release.data, rows[0]["agreement"]["inputs"], metric))
     for runtime, verdict in release.verdicts.items():
         console.print(f"{runtime}: {verdict}")
     if seconds:

@@ -65,6 +65,7 @@ def write(directory: Path, contents: Contents) -> None:
         }
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     save_file(plain, directory / WEIGHTS)
+    (directory / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
     if contents.program is not None:
         torch.export.save(contents.program, directory / PROGRAM)
     report = getattr(contents.network, "slimkit_pruning", None)

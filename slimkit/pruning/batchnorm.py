@@ -18,7 +18,8 @@ def reestimate_(model: nn.Module, batches: Iterable[Any], count: int) -> int:
     """Replace running mean and variance by their averages over `count` batches.
 
     Other layers stay in evaluation mode (no dropout). Returns the number of batches used; a model
-    without batch-norm, or no data, leaves everything as it is and returns 0.
+    without batch-norm, or no data, leaves everything as it is and returns 0. A batch-norm that the
+    forward does not reach keeps its statistics.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms or count == 0:
@@ -41,6 +42,6 @@ def reestimate_(model: nn.Module, batches: Iterable[Any], count: int) -> int:
             module.training = training
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-            if not used:
+            if not norm.num_batches_tracked:
                 norm.load_state_dict(before[norm], strict=False)
     return used

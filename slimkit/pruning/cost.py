@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimkit.calls import WEIGHTED, trace
+from slimkit.calls import WEIGHTED, CallMode
 from slimkit.pruning.removal import Kept
 
 
@@ -32,6 +33,26 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+class _Uses(CallMode):
+    """Counts how often a forward uses one weight of each parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.uses: dict[str, float] = {}
+
+    def on_call(self, _name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+        weight = self.names.get(id(given.get("weight")))
+        if op in WEIGHTED and weight is not None:
+            # a transposed convolution spreads each input position, the others gather each output
+            positions = given["input"] if "transpose" in op else out
+            channels = positions.shape[-1 if op == "linear" else -1 - int(op[-2])]
+            self.uses[weight] = self.uses.get(weight, 0.0) + positions.numel() / channels
+        return out
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Predicts the cost of a cut without cutting: exact for convolutions and linear layers.
@@ -47,18 +68,17 @@ class CostModel:
     fixed_macs: int
 
     @classmethod
+    @torch.no_grad()
     def of(cls, model: nn.Module, example_inputs: tuple[Any, ...]) -> CostModel:
         """Measure `model` once."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        uses: dict[str, float] = {}
-        for call in trace(model, example_inputs).calls:
-            weight = call.state.get(1, call.state.get("weight", ""))
-            if call.op in WEIGHTED and weight in shapes:
-                channels = call.shape[-1] if call.op == "linear" else call.shape[1]
-                uses[weight] = uses.get(weight, 0.0) + math.prod(call.shape) / channels
+        probe = copy.deepcopy(model).eval()
+        counter = _Uses(probe)
+        with counter:
+            probe(*example_inputs)
         total = macs(model, example_inputs)
-        known = sum(n * math.prod(shapes[name]) for name, n in uses.items())
-        return cls(uses, shapes, max(0, round(total - known)))
+        known = sum(n * math.prod(shapes[name]) for name, n in counter.uses.items())
+        return cls(counter.uses, shapes, max(0, round(total - known)))
 
     def predict(self, kept: Kept) -> tuple[float, float]:
         """MACs and parameters of the model cut down to `kept`."""

@@ -33,12 +33,14 @@ class Member:
         role: ``out`` where the tensor makes or scales the channels, ``in`` where it reads them.
         channel: int64, one entry per position of the dimension: the group's channel that lives
             there, or -1 where another group's does (behind a concatenation).
+        norm: dotted path of the batch-norm right behind the layer; empty if there is none.
     """
 
     tensor: str
     dim: int
     role: Role
     channel: Tensor
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Group:
     """Channels that several layers share; they are kept or removed in all of them at once.
 
     Args:
-        name: the layer that makes the channels first.
+        name: the first layer of the model that makes the channels.
         channels: how many there are.
         members: the tensors that carry them.
     """
@@ -72,8 +74,8 @@ class Coupling:
 def find_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupling:
     """Trace `model` and list its groups of coupled channels.
 
-    Groups are disjoint and in the order of the forward. What cannot be removed is left out with
-    its reason: the model's outputs, grouped convolutions, parameters outside known layers.
+    Groups are disjoint and in the order in which the model lists its layers. What cannot be
+    removed is left out with its reason: grouped convolutions, parameters outside known layers.
     `model` is not changed.
 
     Raises:
@@ -97,6 +99,8 @@ def find_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupling:
             "depend on its parameters."
         ) from error
     names = {module: name for name, module in probe.named_modules()}
+    order = {name: position for position, name in enumerate(names.values())}
+    parameters = dict(probe.named_parameters())
     groups: list[Group] = []
     frozen: dict[str, str] = {}
     for raw in found:
@@ -106,8 +110,14 @@ def find_groups(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupling:
             frozen[name] = reason
         else:
             channels = raw[0].dep.target.module.weight.shape[members[0].dim]
-            groups.append(Group(name, channels, tuple(members)))
-    order = {name: position for position, name in enumerate(names.values())}
+            makers = [
+                m.tensor.rpartition(".")[0]
+                for m in members
+                if m.role == "out" and parameters.get(m.tensor, m.channel).dim() > 1
+                if (m.channel >= 0).all()  # all of its output, so it is in no other group
+            ]
+            first = min([name, *makers], key=lambda maker: order[maker])
+            groups.append(Group(first, channels, tuple(members)))
     return Coupling(tuple(sorted(groups, key=lambda group: order[group.name])), frozen)
 
 
@@ -140,7 +150,10 @@ def _members(raw: Any, names: dict[nn.Module, str]) -> tuple[list[Member], str]:
             if max(item.idxs, default=0) >= size:
                 return [], f"{names[module]} has fewer channels than the analysis expects"
             channel[torch.tensor(item.idxs)] = torch.tensor(item.root_idxs)
-            members.append(Member(f"{names[module]}.{tensor}".lstrip("."), dim, role, channel))
+            path = f"{names[module]}.{tensor}".lstrip(".")
+            behind = [n.module for n in node.outputs if isinstance(n.module, _BatchNorm)]
+            norm = names[behind[0]] if behind and role == "out" else ""
+            members.append(Member(path, dim, role, channel, norm))
     return members, ""
 
 

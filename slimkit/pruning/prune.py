@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from slimkit.batches import as_inputs
+from slimkit.batches import as_inputs, finite, inputs_of
 from slimkit.errors import PruningError, did_you_mean
 from slimkit.interfaces import Criterion
 from slimkit.pruning.batchnorm import reestimate_
@@ -63,8 +65,15 @@ def analyse(model: nn.Module, inputs: tuple[Any, ...], protect: Sequence[str] = 
     """The groups of `model` that may be cut, each verified; the rest frozen with its reason.
 
     Raises:
-        PruningError: the model cannot be traced, or a `protect` pattern matches nothing.
+        PruningError: the model cannot be traced, a `protect` pattern matches nothing, or a
+            parameter or input holds NaN or infinity.
     """
+    broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    broken += [name for name, b in model.named_buffers() if torch.isnan(b).any()]
+    if broken:
+        raise PruningError(f"{broken[0]} holds NaN or infinity; prune a model that works")
+    if not finite(inputs):
+        raise PruningError("example_inputs hold NaN or infinity")
     coupling = find_groups(model, inputs)
     names = [name for name, _ in model.named_modules() if name]
     frozen = dict(coupling.frozen)
@@ -135,6 +144,11 @@ def cut_to_target_(
         if reached <= target.value + CLOSE:
             break
         aim = Target(target.measure, max(1e-3, aim.value - (reached - target.value)))
+    else:
+        raise PruningError(
+            f"target {{{target.measure}: {target.value:g}}} cannot be reached: {reached:.3f} is "
+            "left by measurement, more than predicted; choose a milder target"
+        )
     return cut_(model, coupling, choice.kept, inputs)
 
 
@@ -187,6 +201,8 @@ def prune(
     aim = Target.of(target)
     inputs = as_inputs(example_inputs)
     chosen = discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
+    if isinstance(data, Iterator):  # it can be read once, but is needed twice
+        data = list(islice(data, max(data_batches, batchnorm_batches)))
     small = copy.deepcopy(model)
     coupling = analyse(small, inputs, protect)
     if "gradient" in chosen.needs:
@@ -212,6 +228,5 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """Cross-entropy of ``model(inputs)`` and labels for a batch of (inputs, labels)."""
     if not (isinstance(batch, list | tuple) and len(batch) == 2):
         raise PruningError("a batch must be (inputs, labels) to take a gradient; pass loss=")
-    device = next(model.parameters()).device
-    inputs, labels = batch
-    return nn.functional.cross_entropy(model(inputs.to(device)), labels.to(device))
+    out = model(*inputs_of(batch, model))
+    return nn.functional.cross_entropy(out, batch[1].to(out.device))

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.errors import PruningError
 from slimkit.interfaces import Criterion, Layer
-from slimkit.pruning.coupling import Coupling, Group
+from slimkit.pruning.coupling import Coupling
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Takes the model and one batch, gives the scalar to differentiate."""
@@ -30,11 +29,9 @@ def group_scores(model: nn.Module, coupling: Coupling, criterion: Criterion) -> 
         PruningError: a gradient is missing, or a score is not finite.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     scores = {}
     for group in coupling.groups:
         total = torch.zeros(group.channels, dtype=torch.float64)
-        scale = _norm_scale(group, norms)
         for member in group.members:
             weight = tensors.get(member.tensor)
             if weight is None or weight.dim() < 2:
@@ -43,9 +40,12 @@ def group_scores(model: nn.Module, coupling: Coupling, criterion: Criterion) -> 
                 name=member.tensor,
                 weight=weight.detach(),
                 gradient=_gradient(member.tensor, weight, criterion),
-                norm_scale=scale if member.role == "out" else None,
+                norm_scale=_detached(tensors.get(f"{member.norm}.weight")),
             )
-            total += _per_channel(criterion.score(layer), weight, member.dim, member.channel)
+            score = criterion.score(layer).double().expand_as(weight)
+            sums = score.transpose(0, member.dim).flatten(1).sum(1).cpu()
+            inside = member.channel >= 0
+            total.index_add_(0, member.channel[inside], sums[inside])
         if not torch.isfinite(total).all():
             raise PruningError(
                 f"criterion {type(criterion).__name__} gave a score that is not a finite number in "
@@ -68,20 +68,8 @@ def _gradient(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
     return weight.grad.detach()
 
 
-def _per_channel(score: Tensor, weight: Tensor, dim: int, channel: Tensor) -> Tensor:
-    """Sum the scores of a weight over each channel, (channels,) in float64 on the CPU."""
-    sums = score.double().expand_as(weight).transpose(0, dim).flatten(1).sum(1).cpu()
-    inside = channel >= 0
-    size = int(channel.max()) + 1
-    return torch.zeros(size, dtype=torch.float64).index_add(0, channel[inside], sums[inside])
-
-
-def _norm_scale(group: Group, norms: dict[str, _BatchNorm]) -> Tensor | None:
-    for member in group.members:
-        module = norms.get(member.tensor.rpartition(".")[0])
-        if module is not None and module.weight is not None and member.tensor.endswith("weight"):
-            return module.weight.detach()
-    return None
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def scores_over_batches(
@@ -98,23 +86,28 @@ def scores_over_batches(
         PruningError: there is no batch.
     """
     totals: dict[str, Tensor] = {}
+    used = 0
     with _untouched(model):
         for batch in islice(batches, count):
+            used += 1
             model.zero_grad(set_to_none=True)
             loss(model, batch).backward()
             for name, score in group_scores(model, coupling, criterion).items():
                 totals[name] = totals.get(name, 0.0) + score
     if not totals:
         raise PruningError("the criterion needs gradients, but the data gave no batch")
-    return totals
+    return {name: total / used for name, total in totals.items()}
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; gradients and training flags as before afterwards."""
+    """Evaluation mode and nothing frozen inside; flags and gradients as before afterwards."""
     flags = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     model.eval()
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     try:
         with torch.enable_grad():
             yield
@@ -123,3 +116,5 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
+        for parameter in frozen:
+            parameter.requires_grad_(False)

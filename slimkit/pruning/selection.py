@@ -40,6 +40,8 @@ class Target:
         Raises:
             PruningError: not exactly one known measure, or a value outside (0, 1).
         """
+        if not isinstance(target, Mapping):
+            raise PruningError(f'target must be such as {{"flops": 0.5}}, not {target!r}')
         given = {name: value for name, value in target.items() if value is not None}
         if len(given) != 1 or next(iter(given)) not in MEASURES:
             raise PruningError(
@@ -110,9 +112,8 @@ class Selector:
             PruningError: even the smallest model is above the target; it says the best reachable.
         """
         if target.measure == "ratio":
-            fewest = {g.name: self._fewest(g) for g in self.coupling.groups}
             sizes = {
-                g.name: max(fewest[g.name], self._rounded(g, g.channels * (1 - target.value)))
+                g.name: self._rounded(g, max(self.min_channels, g.channels * (1 - target.value)))
                 for g in self.coupling.groups
             }
             return self._choice(scores, sizes)

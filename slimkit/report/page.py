@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from slimkit.report.table import cells, headings
+from slimkit.report.table import cells, footnote, headings
 
 
 def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
@@ -28,8 +28,9 @@ def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
     )
     name = metrics["metric"]["name"] if metrics["metric"] else None
     page = environment.get_template("report.html").render(
-        headings=headings(name),
-        rows=[(row["stage"], cells(row)) for row in metrics["rows"]],
+        headings=[*headings(name), "SQNR dB"],
+        rows=[(row["stage"], [*cells(row), _decibels(row)]) for row in metrics["rows"]],
+        footnote=footnote(metrics["data"], metrics["rows"][0]["agreement"]["inputs"], name),
         metrics=metrics,
         recipe=recipe,
         bars=_bars(metrics["rows"]),
@@ -41,6 +42,12 @@ def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
         ],
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _decibels(row: Mapping[str, Any]) -> str:
+    """The worst output's signal to noise ratio against the model the file was made from."""
+    ratios = [r for r in row["agreement"]["sqnr_db"] if r is not None]
+    return f"{min(ratios):.1f}" if ratios else "exact"
 
 
 def _png(figure: Any) -> str:
@@ -58,12 +65,12 @@ def _bars(rows: list[Mapping[str, Any]]) -> str:
     figure = Figure(figsize=(9, 2.6 + 0.2 * len(runtimes)))
     panels = figure.subplots(1, 2)
     measures = (
-        ("latency, ms (median, one thread)", lambda r: r["latency"]["median_ms"]),
-        ("file size, KiB", lambda r: r["size_bytes"] / 1024),
+        ("latency, ms (median, one thread)", "{:.3f}", lambda r: r["latency"]["median_ms"]),
+        ("file size, KiB", "{:,.0f}", lambda r: r["size_bytes"] / 1024),
     )
     colors = {"dense": "#9aa5b1", "compressed": "#4c8eda", "int8": "#1b998b"}
     height = 0.8 / len(stages)
-    for panel, (title, value) in zip(panels, measures, strict=True):
+    for panel, (title, form, value) in zip(panels, measures, strict=True):
         for n, stage in enumerate(stages):
             values = [
                 next(value(r) for r in rows if r["stage"] == stage and r["runtime"] == runtime)
@@ -72,11 +79,11 @@ def _bars(rows: list[Mapping[str, Any]]) -> str:
             places = [k + n * height for k in range(len(runtimes))]
             label = next(r["label"] for r in rows if r["stage"] == stage)
             bars = panel.barh(places, values, height * 0.9, color=colors.get(stage), label=label)
-            panel.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+            panel.bar_label(bars, fmt=form, padding=3, fontsize=8)
         panel.set_yticks([k + height * (len(stages) - 1) / 2 for k in range(len(runtimes))])
         panel.set_yticklabels(runtimes)
         panel.invert_yaxis()
-        panel.margins(x=0.15)
+        panel.margins(x=0.2)
         panel.set_title(title, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(

@@ -41,24 +41,24 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def headings(metric: str | None) -> list[str]:
     """The columns' names."""
-    return [
-        "model",
-        "runtime",
-        metric or "metric",
-        "params",
-        "MACs",
-        "file",
-        "ms median",
-        "ms p95",
-        "agrees",
-    ]
+    name = (metric or "metric").removeprefix("val_")
+    return ["model", "runtime", name, "params", "MACs", "file", "ms median", "ms p95", "agrees"]
 
 
 def table(rows: Sequence[dict[str, Any]], metric: str | None) -> Table:
     """The table of all deployed files, ready for a rich console."""
-    result = Table(box=None, pad_edge=False, header_style="bold")
+    result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
     for position, name in enumerate(headings(metric)):
-        result.add_column(name, justify="left" if position < 2 else "right", no_wrap=True)
+        result.add_column(name, justify="left" if position < 2 else "right", no_wrap=position > 1)
     for row in rows:
         result.add_row(*cells(row), style="bold" if row["stage"] == "int8" else "")
     return result
+
+
+def footnote(data: str, inputs: int, metric: str | None) -> str:
+    """What the columns were measured on."""
+    name = (metric or "metric").removeprefix("val_")
+    return (
+        f"{name} and agreement: computed by the files on {inputs:,} {data} inputs; agreement is "
+        "with the model that the file was made from. Latency: one sample, one thread."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +41,14 @@ class Release:
         directory: the artifact.
         rows: one per stage and runtime.
         metric: which metric the rows hold; None where there was no data to evaluate on.
+        data: what they were measured on: ``test`` or ``validation``.
         verdicts: per runtime, whether int8 pays.
     """
 
     directory: Path
     rows: list[Row]
     metric: Metric | None
+    data: str
     verdicts: dict[str, str]
 
 
@@ -94,7 +96,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
             evaluate=evaluator,
             labels=_labels(module),
         )
-        result = Release(directory, rows, evaluator.metric, verdicts(rows))
+        result = Release(directory, rows, evaluator.metric, loaders.evaluated_on, verdicts(rows))
         misses = missed(
             recipe.gates,
             rows,
@@ -104,7 +106,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
     if misses:
         rejected = directory.with_name(f"{directory.name}.rejected")
         _move(_aside(directory), rejected)
-        raise MissedGates(misses, Release(rejected, rows, result.metric, result.verdicts))
+        raise MissedGates(misses, replace(result, directory=rejected))
     _move(_aside(directory), directory)
     return result
 
@@ -130,6 +132,7 @@ class Loaders:
     def __init__(self, data: Any) -> None:
         self.data = data
         self._ready: set[str] = set()
+        self.evaluated_on = "test"
 
     def calibration(self) -> Any:
         """Training batches."""
@@ -140,6 +143,7 @@ class Loaders:
         loader = self._loader("test", "test_dataloader", "test_dataloaders")
         if not loader:
             loader = self._loader("validate", "val_dataloader", "val_dataloaders")
+            self.evaluated_on = "validation"
         if not loader:
             raise SlimkitError(
                 "the data has neither a test nor a validation loader: accuracy and agreement "
@@ -241,6 +245,7 @@ def _write(
     report = getattr(network, "slimkit_pruning", None)
     metrics = {
         "metric": None if result.metric is None else result.metric.model_dump(),
+        "data": result.data,
         "rows": [row.as_dict() for row in result.rows],
         "verdicts": result.verdicts,
         "missed": misses,

@@ -25,6 +25,8 @@ class MinMax(Quantizer):
     def observe(self, x: Tensor) -> None:
         """Widen the range to hold `x`; zero is always inside."""
         rows = self.grid.rows(x.detach().float())
+        if not rows.shape[1]:
+            return
         self.lo.copy_(torch.minimum(self.lo, rows.amin(1)))
         self.hi.copy_(torch.maximum(self.hi, rows.amax(1)))
 

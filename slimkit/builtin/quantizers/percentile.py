@@ -61,7 +61,7 @@ class Percentile(Quantizer):
         for row in (needed > self.width).nonzero().flatten().tolist():
             if self.width[row] > 0:
                 counts, half = self.counts[row], BINS // 2
-                factor = min(int(needed[row] / self.width[row]), half)
+                factor = int((needed[row] / self.width[row]).clamp(max=half))
                 right = counts[half:].view(-1, factor).sum(1)
                 left = counts[:half].view(-1, factor).sum(1)
                 counts.zero_()
