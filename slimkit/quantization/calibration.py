@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import nn
 
 from slimkit.batches import finite, inputs_of
-from slimkit.errors import QuantizationError
-from slimkit.interfaces import Backend, Grid, Quantizer
+from slimkit.errors import QuantizationError, SlimkitError
+from slimkit.interfaces import Backend, Grid, Quantizer, tensors_of
 from slimkit.progress import track
 from slimkit.quantization.fake import Choice, FakeQuantization, Maker, QuantizedModel
 from slimkit.registry import discover
@@ -37,8 +38,8 @@ def calibrate_(
     """Let the activation quantizers observe `count` batches, then switch rounding on.
 
     Raises:
-        QuantizationError: no batch, NaN or infinity in the data or inside the model, or a site
-            that was never reached.
+        QuantizationError: no batch, one that the model does not take, or NaN or infinity in the
+            data or inside the model.
     """
     flags = {module: module.training for module in model.modules()}
     model.eval()
@@ -49,7 +50,7 @@ def calibrate_(
             inputs = inputs_of(batch, model)
             if not finite(inputs):
                 raise QuantizationError(f"calibration batch {used} holds NaN or infinity")
-            with fake.active(model):
+            with _running(used, inputs), fake.active(model):
                 model(*inputs)
             used += 1
     finally:
@@ -66,6 +67,21 @@ def calibrate_(
                 "infinity there in float already"
             )
     fake.state = "quantize"
+
+
+@contextmanager
+def _running(number: int, inputs: tuple[Any, ...]) -> Iterator[None]:
+    """Say on which calibration batch the model fails inside the block."""
+    try:
+        yield
+    except SlimkitError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of(inputs))
+        raise QuantizationError(
+            f"the model does not run on calibration batch {number} with inputs of shape {shapes}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def quantize(
@@ -112,10 +128,11 @@ def quantize(
     inputs = inputs_of(kept[0], own)
     if not finite(inputs):
         raise QuantizationError("calibration batch 0 holds NaN or infinity")
-    fake = FakeQuantization.of(
-        own, inputs, target.scheme, maker(weights), maker(activations), keep_float
-    )
+    with _running(0, inputs):
+        fake = FakeQuantization.of(
+            own, inputs, target.scheme, maker(weights), maker(activations), keep_float
+        )
     calibrate_(fake, own, kept, batches)
     result = QuantizedModel(own, fake, name, (weights, activations))
-    result.train(model.training)
+    result.training = model.training  # its layers have their own flags, such as frozen batch-norms
     return result

@@ -158,6 +158,8 @@ class _FakeMode(SiteMode):
     def round(self, quantizer: str, x: Tensor) -> Tensor:
         if self.rounds:
             return self.fake[quantizer](x)
+        if not torch.isfinite(x).all():
+            raise QuantizationError(f"at {quantizer} the model gives NaN or infinity in float")
         self.fake[quantizer].observe(x.detach())
         return x
 

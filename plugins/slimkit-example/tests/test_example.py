@@ -1,8 +1,9 @@
 import torch
-from slimkit.interfaces import Grid, Layer
 from slimkit_example.criterion import FourthPower
 from slimkit_example.loss import FeatureL1
 from slimkit_example.quantizer import LastBatch
+
+from slimkit.interfaces import Grid, Layer
 
 
 def test_score_is_the_weight_to_the_power():

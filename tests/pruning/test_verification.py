@@ -1,0 +1,128 @@
+"""A group is cut only if cutting it is proven right on an example."""
+
+import copy
+import re
+
+import pytest
+import torch
+from models import PRUNABLE, Net, chunked, flipped, make
+from torch import nn
+
+from slimkit.pruning.coupling import Coupling, Group, find_groups
+from slimkit.pruning.verification import verified
+
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
+
+
+def checked(model, *inputs):
+    return verified(model, find_groups(model, inputs), inputs)
+
+
+def names(coupling):
+    return [g.name for g in coupling.groups]
+
+
+@pytest.mark.parametrize(
+    ("model", "good"),
+    [
+        ("chain", ["0", "3"]),
+        ("mlp", ["0", "2"]),
+        ("residual", ["stem", "down"]),
+        ("concatenation", ["a", "b"]),
+        ("depthwise", ["0", "5"]),
+        ("squeeze_excite", ["stem", "squeeze"]),
+        ("sigmoid_chain", ["0"]),
+        ("layernorm_mlp", ["0"]),
+        ("transposed", ["0", "2"]),
+        ("two_inputs", ["a"]),
+        ("shared", ["a"]),
+    ],
+)
+def test_right_groups_pass(model, good):
+    model, inputs = make(model)
+    assert names(checked(model, *inputs)) == good
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_layers_that_make_the_output_are_frozen(name):
+    model, inputs = make(name)
+    last = [path for path, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+    assert checked(model, *inputs).frozen[last] == "its channels are the model's output"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_right_groups_pass_in_other_precisions(dtype):
+    model, inputs = make("residual", dtype=dtype)
+    assert names(checked(model, *inputs)) == ["stem", "down"]
+
+
+@pytest.mark.parametrize("x", [X, torch.zeros(2, 8), torch.ones(2, 8)], ids=["noise", "0", "1"])
+def test_channels_read_in_another_order_than_analysed_are_frozen(x):
+    coupling = checked(flipped(), x)
+    assert "changes the output" in coupling.frozen["a"]
+    assert names(coupling) == []
+
+
+def test_channels_that_are_split_evenly_behind_are_frozen():
+    assert "does not run" in checked(chunked(), X).frozen["stem"]
+
+
+def test_wrong_group_does_not_freeze_the_right_ones():
+    coupling = checked(chunked(), X)
+    assert names(coupling) == ["a"]
+
+
+def test_group_that_forgets_a_reader_is_frozen():
+    model, inputs = make("mlp")
+    coupling = find_groups(model, inputs)
+    first = coupling.groups[0]
+    short = Group(first.name, first.channels, first.members[:-1])
+    assert "does not run" in verified(model, Coupling((short,), {}), inputs).frozen["0"]
+
+
+def test_group_that_reads_the_wrong_positions_is_frozen():
+    model, inputs = make("sigmoid_chain")
+    coupling = find_groups(model, inputs)
+    first = coupling.groups[0]
+    for member in first.members:
+        if member.role == "in":
+            member.channel.copy_(member.channel.roll(1))
+    found = verified(model, Coupling((first,), {}), inputs)
+    assert "changes the output" in found.frozen["0"]
+
+
+def test_normalization_over_a_fixed_number_of_channels_is_frozen():
+    def flow(net, x):
+        x = net.a(x)
+        return net.b(x - x.sum(1, keepdim=True) / 8 + torch.arange(x.shape[1]))
+
+    model = Net(flow, a=nn.Linear(8, 8), b=nn.Linear(8, 4))
+    assert "changes the output" in checked(model, X).frozen["a"]
+
+
+def test_infinite_outputs_prove_nothing_by_themselves():
+    def flow(net, x):
+        return torch.cat([net.b(net.a(x).flip(1)), torch.full((len(x), 1), float("inf"))], 1)
+
+    model = Net(flow, a=nn.Linear(8, 8), b=nn.Linear(8, 4))
+    assert "changes the output" in checked(model, X).frozen["a"]
+
+
+def test_earlier_reasons_are_kept():
+    model, inputs = make("mlp")
+    groups = find_groups(model, inputs).groups
+    assert verified(model, Coupling(groups, {"x": "why"}), inputs).frozen["x"] == "why"
+
+
+def test_verification_leaves_the_model_as_it_was():
+    model, inputs = make("residual")
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    checked(model, *inputs)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+
+
+def test_reasons_are_one_line():
+    coupling = checked(chunked(), X)
+    assert not any(re.search("\n", reason) for reason in coupling.frozen.values())
