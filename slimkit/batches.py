@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +17,16 @@ def inputs_of(batch: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
     """The positional arguments of `model` in `batch`, moved to the model's device.
 
     A tensor is the input; of a tuple or list the first element is (itself a tensor, or a tuple of
-    several inputs), the rest are labels; a mapping is passed whole.
+    several inputs), the rest are labels; where the model's forward demands n > 1 arguments, the
+    first n elements are. A mapping is passed whole.
 
     Raises:
         SlimkitError: the batch is something else, or holds no tensor.
     """
     first = batch
     if isinstance(batch, list | tuple) and batch:
-        first = batch[0]
+        demanded = _demanded(model) if isinstance(batch[0], Tensor) else 1
+        first = batch[:demanded] if 1 < demanded <= len(batch) else batch[0]
     inputs: tuple[Any, ...]
     if isinstance(first, Tensor | Mapping):
         inputs = (first,)
@@ -38,6 +41,15 @@ def inputs_of(batch: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
     if parameter is None:
         return inputs
     return tuple(map_tensors(lambda t: t.to(parameter.device), x) for x in inputs)
+
+
+def _demanded(model: nn.Module | None) -> int:
+    """How many positional arguments the forward cannot do without."""
+    if model is None:
+        return 1
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
 
 
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
@@ -58,6 +70,11 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
 def first_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same inputs with a batch of one, as a device sees them."""
     return tuple(map_tensors(lambda t: t[:1].clone() if t.dim() else t, x) for x in inputs)
+
+
+def to_cpu(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs on the CPU, detached."""
+    return tuple(map_tensors(lambda t: t.detach().cpu(), x) for x in inputs)
 
 
 def finite(inputs: tuple[Any, ...]) -> bool:

@@ -7,7 +7,8 @@ from models import Net, conv
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimkit.interfaces import Grid, Scheme
+from slimkit.interfaces import Backend, Grid, Scheme
+from slimkit.quantization.calibration import quantize
 
 INPUTS = Scheme(
     activations=Grid(bits=8),
@@ -76,3 +77,33 @@ def residual_net() -> nn.Module:
         "head": nn.Linear(8, 4),
     }
     return lively(Net(flow, **layers))
+
+
+class Shifted(nn.Module):
+    """Adds a parameter and a buffer, which are no tensors of the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = conv(3, 4)
+        self.shift = nn.Parameter(torch.ones(1, 4, 1, 1))
+        self.register_buffer("offset", torch.ones(1, 3, 1, 1))
+
+    def forward(self, x):
+        return self.shift + self.a(self.offset + x)
+
+
+class Device(Backend):
+    """A backend of which only the scheme is asked for."""
+
+    def __init__(self, scheme) -> None:
+        self.scheme = scheme
+
+    def compile(self, deployable, directory):
+        raise NotImplementedError
+
+    def load(self, directory, threads=1):
+        raise NotImplementedError
+
+
+def simulated(model: nn.Module, data, scheme=INPUTS, **options):
+    return quantize(model, data, Device(scheme), activations="minmax", **options)

@@ -125,6 +125,16 @@ def test_fake_quantize_is_bit_for_bit_dequantize_of_quantize(learned, per_channe
     assert torch.equal(faked, grid.dequantize(grid.quantize(x, scales, zeros), scales, zeros))
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed scale", "learned scale"])
+def test_values_halfway_between_integers_round_as_quantize_does(learned):
+    zeros, grid = torch.zeros(1, dtype=torch.int32), Grid()
+    halfway = torch.arange(-127, 127) + 0.5
+    for scale in torch.linspace(0.001, 0.05, 50).split(1):
+        faked = grid.fake_quantize(halfway * scale, scale.clone().requires_grad_(learned), zeros)
+        q = grid.quantize(halfway * scale, scale, zeros)
+        assert torch.equal(faked, grid.dequantize(q, scale, zeros))
+
+
 def test_dequantize_multiplies_the_distance_from_the_zero_point():
     q = Grid().dequantize(
         torch.tensor([-3.0, 5.0]), torch.tensor([0.5]), torch.tensor([5], dtype=torch.int32)

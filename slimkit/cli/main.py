@@ -40,6 +40,25 @@ def slimkit() -> None:
     """
 
 
+def _unexpected(error: Exception) -> int:
+    """Print the traceback and say whose code it came from; give the exit code."""
+    import sysconfig
+    import traceback
+
+    traceback.print_exception(error)
+    ours = os.path.dirname(os.path.dirname(__file__))  # noqa: PTH120  (pathlib is slow to import)
+    libraries = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")}
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    last = max((i for i, name in enumerate(frames) if name.startswith(ours)), default=-1)
+    for name in frames[last + 1 :]:
+        if not name.startswith((*libraries, "<")):
+            message = f"Error: {name} raised {type(error).__name__}: {error} (traceback above)"
+            click.echo(message, err=True)
+            return SlimkitError.exit_code
+    click.echo("This is a bug in slimkit: please report it with the lines above.", err=True)
+    return 1
+
+
 def main() -> None:
     """Run the command line and exit."""
     try:
@@ -57,10 +76,9 @@ def main() -> None:
     except BrokenPipeError:  # `slimkit list-plugins | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except Exception:
-        import traceback
-
-        traceback.print_exc()
-        click.echo("This is a bug in slimkit: please report it with the lines above.", err=True)
-        code = 1
+    except OSError as error:  # a full disk, a folder without permission
+        click.echo(f"Error: {error}", err=True)
+        code = SlimkitError.exit_code
+    except Exception as error:
+        code = _unexpected(error)
     sys.exit(code)

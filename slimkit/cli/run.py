@@ -48,12 +48,13 @@ def run(
         output or what.output or Path("runs") / (path.stem if path != demo_recipe() else "demo")
     )
 
-    def say(line: str) -> None:
-        if not quiet:
-            click.echo(f"slimkit: {line}", err=True)
-
     from slimkit.cli.results import show
+    from slimkit.progress import line
     from slimkit.progress import quiet as without_bars
+
+    def say(text: str) -> None:
+        if not quiet:
+            line(f"slimkit: {text}")
 
     with without_bars(quiet):
         say("loading torch and Lightning")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -18,7 +19,8 @@ class Agreement:
             of shape (batch, classes).
         sqnr_db: signal to quantization-noise ratio per output, in decibels; the signal is the
             simulation, infinite where both are equal to the last bit.
-        largest_difference: the largest absolute difference over all outputs.
+        largest_difference: the largest absolute difference over all outputs; infinite where one
+            side is NaN or infinite and the other is not the same.
         close: fraction of values that differ by at most 1 % of their output's largest value.
         inputs: how many inputs were compared.
     """
@@ -46,20 +48,24 @@ def compare(simulated: Sequence[Tensor], deployed: Sequence[Tensor]) -> Agreemen
     ratios, largest, near, values = [], 0.0, 0, 0
     for a, b in zip(simulated, deployed, strict=True):
         x, y = a.double(), b.double()
-        noise = (x - y).square().sum().item()
-        signal = x.square().sum().item()
+        same = (x == y) | (x.isnan() & y.isnan())
+        difference = (x - y).abs().nan_to_num(math.inf).masked_fill(same, 0.0)
+        finite = x[x.isfinite()]
+        noise = difference.square().sum().item()
+        signal = finite.square().sum().item()
         if noise == 0:
             ratios.append(math.inf)
         else:
-            ratios.append(10 * math.log10(signal / noise) if signal > 0 else -math.inf)
+            ratio = signal / noise
+            ratios.append(10 * math.log10(ratio) if ratio > 0 else -math.inf)
         if x.numel():
-            difference = (x - y).abs()
             largest = max(largest, difference.max().item())
-            near += int((difference <= 0.01 * x.abs().max()).sum())
+            bound = 0.01 * finite.abs().max() if finite.numel() else torch.tensor(0.0)
+            near += int((difference <= bound).sum())
             values += x.numel()
     top1 = None
     first = simulated[0]
     if first.dim() == 2 and first.shape[1] > 1:
-        same = first.argmax(1) == deployed[0].argmax(1)
-        top1 = same.double().mean().item()
+        agree = first.argmax(1) == deployed[0].argmax(1)
+        top1 = agree.double().mean().item()
     return Agreement(top1, tuple(ratios), largest, near / max(1, values), len(first))

@@ -19,7 +19,8 @@ from slimkit.deploy.folder import read_manifest, write_manifest
 from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Grid, Scheme
-from slimkit.pruning.removal import Kept, remove_
+from slimkit.pruning.removal import remove_
+from slimkit.pruning.report import PruningReport
 from slimkit.quantization.fake import FakeQuantization, Fixed, QuantizedModel
 from slimkit.quantization.sites import Sites
 from slimkit.registry import discover
@@ -68,8 +69,7 @@ def write(directory: Path, contents: Contents) -> None:
     (directory / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
     if contents.program is not None:
         torch.export.save(contents.program, directory / PROGRAM)
-    report = getattr(contents.network, "slimkit_pruning", None)
-    kept: Kept = report.kept if report is not None else {}
+    report: PruningReport | None = getattr(contents.network, "slimkit_pruning", None)
     registry = discover()
     plugins = []
     for kind, name in contents.used:
@@ -85,7 +85,7 @@ def write(directory: Path, contents: Contents) -> None:
             "recipe": contents.recipe,
             "plugins": plugins,
             "metrics": contents.metrics,
-            "kept": {t: {str(d): p for d, p in dims.items()} for t, dims in kept.items()},
+            "pruning": None if report is None else asdict(report),
             "quantization": quantization,
         },
     )
@@ -116,6 +116,10 @@ def load(
     folder = Path(directory)
     content = read_manifest(folder)
     _compare_versions(content.get("plugins", []))
+    quantization = content["quantization"]
+    if backend is not None and backend not in quantization:
+        known = ", ".join(quantization) or "no backend"
+        raise ArtifactError(f"{folder} is quantized for {known}, not for {backend}")
     network = _network(content, model)
     if network is None:
         if not (folder / PROGRAM).is_file():
@@ -124,20 +128,19 @@ def load(
                 "pass model="
             )
         return _Graph(torch.export.load(folder / PROGRAM).module())
-    kept = {t: {int(d): p for d, p in dims.items()} for t, dims in content["kept"].items()}
-    remove_(network, kept)
+    if content["pruning"] is not None:
+        report = _report_in(content["pruning"])
+        remove_(network, report.kept)
+        network.slimkit_pruning = report  # type: ignore[assignment]  # a plain attribute
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{folder / WEIGHTS} cannot be read: {error}") from error
     _load_state(network, _below(tensors, "model."), folder)
     network.eval()
-    quantization = content["quantization"]
     if not quantization:
         return network
     name = backend or next(iter(quantization))
-    if name not in quantization:
-        raise ArtifactError(f"{folder} is quantized for {', '.join(quantization)}, not for {name}")
     saved = quantization[name]
     try:
         fake = _fixed(saved, network, _below(tensors, f"ranges.{name}."))
@@ -175,7 +178,10 @@ def _network(
     if isinstance(model, nn.Module):
         return copy.deepcopy(model).cpu()
     if model is not None:
-        return model().cpu()
+        made = model()
+        if not isinstance(made, nn.Module):
+            raise ArtifactError(f"model() must return an nn.Module, not {type(made).__name__}")
+        return made.cpu()
     if content.get("model"):
         return build(content["model"], "model", nn.Module)
     return None
@@ -242,6 +248,15 @@ def _fixed(
         quantizer.zero_point.copy_(ranges[f"{name}.zero_point"])
     fake.state = "quantize"
     return fake
+
+
+def _report_in(saved: Mapping[str, Any]) -> PruningReport:
+    kept = {t: {int(d): p for d, p in dims.items()} for t, dims in saved["kept"].items()}
+    groups = {
+        name: (before, after, list(on)) for name, (before, after, on) in saved["groups"].items()
+    }
+    before_after = {k: (saved[k][0], saved[k][1]) for k in ("macs", "parameters")}
+    return PruningReport(groups, saved["frozen"], **before_after, kept=kept)
 
 
 def _scheme_out(scheme: Scheme) -> dict[str, Any]:

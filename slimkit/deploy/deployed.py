@@ -112,7 +112,7 @@ def temporary(parent: Path | None = None) -> Path:
 
 @torch.no_grad()
 def simulate(model: nn.Module, *inputs: Any) -> list[Tensor]:
-    """Flat outputs of the float model or the simulation, in evaluation mode, sample by sample."""
+    """Flat outputs of the float model or the simulation, in evaluation mode, as one batch."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimkit.batches import as_inputs, first_sample, inputs_of
+from slimkit.batches import as_inputs, first_sample, inputs_of, to_cpu
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.deployed import Deployed, open_
 from slimkit.deploy.folder import check_target, replacing
@@ -100,7 +100,7 @@ def export(
         ...     tuple(artifact.run(torch.randn(2, 8)).shape)
         (2, 16)
     """
-    inputs = as_inputs(example_inputs)
+    inputs = to_cpu(as_inputs(example_inputs))
     name = backend if isinstance(backend, str) else type(backend).__name__
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
     folder = Path(directory)
@@ -114,7 +114,7 @@ def export(
     network = own.model if isinstance(own, QuantizedModel) else own
     compared = [inputs]
     if data is not None:
-        compared += [inputs_of(batch) for batch in islice(data, batches)]
+        compared += [to_cpu(inputs_of(batch, network)) for batch in islice(data, batches)]
     try:
         together = tuple(torch.cat(column) for column in zip(*compared, strict=True))
     except (RuntimeError, TypeError) as error:

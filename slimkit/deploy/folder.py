@@ -30,14 +30,29 @@ def replacing(directory: Path) -> Iterator[Path]:
     try:
         yield work
         work.chmod(0o755)
-        old = work.with_name(f"{work.name}-old")
-        if directory.exists():
-            directory.rename(old)
-        work.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
+        move(work, directory)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def move(source: Path, target: Path) -> None:
+    """Put a finished folder in place of an older one, which comes back if that fails.
+
+    Raises:
+        ArtifactError: `target` holds something that slimkit did not write.
+    """
+    check_target(target)
+    old = source.with_name(f"{source.name}-old")
+    if target.exists():
+        target.rename(old)
+    try:
+        source.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_target(directory: Path) -> None:

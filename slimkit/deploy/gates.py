@@ -24,7 +24,7 @@ def missed(gates: Gates, rows: Iterable[Row], *, larger_is_better: bool = True) 
         dense, final = stages[0], stages[-1]
 
         def over(name: str, value: float, limit: float | None, runtime: str = runtime) -> None:
-            if limit is not None and value > limit + 1e-12:
+            if limit is not None and not value <= limit + 1e-12:  # NaN misses every gate
                 misses.append(f"{name}: {value:.4g} on {runtime}, at most {limit:g} was asked for")
 
         if dense.metric is not None and final.metric is not None:
@@ -38,7 +38,7 @@ def missed(gates: Gates, rows: Iterable[Row], *, larger_is_better: bool = True) 
         latency = final.latency.median_ms / dense.latency.median_ms
         over("latency_ratio", latency, gates.latency_ratio)
         share = final.agreement.share
-        if gates.agreement is not None and share < gates.agreement:
+        if gates.agreement is not None and not share >= gates.agreement:
             misses.append(
                 f"agreement: {share:.4g} on {runtime}, at least {gates.agreement:g} was asked for"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from slimkit.batches import first_sample
 from slimkit.deploy.agreement import Agreement, compare
@@ -56,11 +57,11 @@ class Row:
     operators: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; infinite decibels become null."""
-        data = asdict(self)
-        data["agreement"]["sqnr_db"] = [
-            ratio if abs(ratio) != float("inf") else None for ratio in self.agreement.sqnr_db
-        ]
+        """Plain data for JSON, which knows no NaN and no infinity: they become null."""
+        data: dict[str, Any] = tree_map(
+            lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf,
+            asdict(self),
+        )
         return data
 
 

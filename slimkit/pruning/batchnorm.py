@@ -28,7 +28,7 @@ def reestimate_(model: nn.Module, batches: Iterable[Any], count: int) -> int:
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: {k: b.clone() for k, b in norm.named_buffers()} for norm in norms}
     model.eval()
-    used = 0
+    used, done = 0, False
     try:
         for norm in norms:
             norm.reset_running_stats()
@@ -37,11 +37,12 @@ def reestimate_(model: nn.Module, batches: Iterable[Any], count: int) -> int:
         for batch in islice(batches, count):
             model(*inputs_of(batch, model))
             used += 1
+        done = used > 0
     finally:
         for module, training in flags.items():
             module.training = training
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-            if not norm.num_batches_tracked:
+            if not (done and norm.num_batches_tracked):
                 norm.load_state_dict(before[norm], strict=False)
     return used

@@ -38,14 +38,19 @@ class _Uses(CallMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.uses: dict[str, float] = {}
 
-    def on_call(self, _name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-        weight = self.names.get(id(given.get("weight")))
-        if op in WEIGHTED and weight is not None:
+        if op not in WEIGHTED:
+            return out
+        # a weight that is computed in the forward (standardized, say) stands for the layer's own
+        own = name.partition(":")[0].replace("/", ".") + ".weight"
+        weight = self.names.get(id(given["weight"]), own.lstrip("."))
+        if self.shapes.get(weight) == given["weight"].shape:
             # a transposed convolution spreads each input position, the others gather each output
             positions = given["input"] if "transpose" in op else out
             channels = positions.shape[-1 if op == "linear" else -1 - int(op[-2])]

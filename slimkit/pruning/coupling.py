@@ -141,10 +141,14 @@ def _members(raw: Any, names: dict[nn.Module, str]) -> tuple[list[Member], str]:
         role: Role = "in" if handler == "prune_in_channels" else "out"
         found = list(_tensors(module, role))
         if not found:
+            if isinstance(module, nn.PReLU):
+                continue  # one slope for all channels
             if any(True for _ in module.parameters(recurse=False)):
                 return [], f"{names[module]} ({type(module).__name__}) cannot be cut"
             continue
         for tensor, dim in found:
+            if tensor not in module._parameters and tensor not in module._buffers:
+                return [], f"{names[module]}.{tensor} is computed from other parameters"
             size = getattr(module, tensor).shape[dim]
             channel = torch.full((size,), -1, dtype=torch.int64)
             if max(item.idxs, default=0) >= size:
@@ -152,7 +156,7 @@ def _members(raw: Any, names: dict[nn.Module, str]) -> tuple[list[Member], str]:
             channel[torch.tensor(item.idxs)] = torch.tensor(item.root_idxs)
             path = f"{names[module]}.{tensor}".lstrip(".")
             behind = [n.module for n in node.outputs if isinstance(n.module, _BatchNorm)]
-            norm = names[behind[0]] if behind and role == "out" else ""
+            norm = names[behind[0]] if behind else ""
             members.append(Member(path, dim, role, channel, norm))
     return members, ""
 

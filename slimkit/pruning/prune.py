@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -18,47 +17,14 @@ from slimkit.interfaces import Criterion
 from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import macs, parameters
 from slimkit.pruning.coupling import Coupling, find_groups
-from slimkit.pruning.removal import Kept, compose, kept_positions, remove_
+from slimkit.pruning.removal import compose, kept_positions, remove_
+from slimkit.pruning.report import PruningReport
 from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
 from slimkit.pruning.selection import Selector, Target
 from slimkit.pruning.verification import verified
 from slimkit.registry import discover
 
 CLOSE = 0.01  # of the dense cost: how near the measured figure must come to the target
-
-
-@dataclass(frozen=True)
-class PruningReport:
-    """What was removed from a model, and what stayed whole and why.
-
-    Args:
-        groups: group name to (channels before, channels after, coupled layers).
-        frozen: group name to the reason why it was left whole.
-        macs: multiply-accumulates before and after, measured.
-        parameters: parameters before and after, measured.
-        kept: the positions that remain in each tensor of the model as its function builds it.
-    """
-
-    groups: dict[str, tuple[int, int, list[str]]]
-    frozen: dict[str, str]
-    macs: tuple[int, int]
-    parameters: tuple[int, int]
-    kept: Kept = field(repr=False)
-
-    def __str__(self) -> str:
-        """A table for people."""
-        lines = [
-            f"MACs        {self.macs[0]:>14,} -> {self.macs[1]:>14,}  "
-            f"({self.macs[1] / max(1, self.macs[0]):.1%})",
-            f"parameters  {self.parameters[0]:>14,} -> {self.parameters[1]:>14,}  "
-            f"({self.parameters[1] / max(1, self.parameters[0]):.1%})",
-        ]
-        for name, (before, after, layers) in self.groups.items():
-            coupled = f"  with {', '.join(layers[1:4])}" if len(layers) > 1 else ""
-            more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
-            lines.append(f"{name:<32} {before:>5} -> {after:>5} channels{coupled}{more}")
-        lines += [f"{name:<32} left whole: {reason}" for name, reason in self.frozen.items()]
-        return "\n".join(lines)
 
 
 def analyse(model: nn.Module, inputs: tuple[Any, ...], protect: Sequence[str] = ()) -> Coupling:
@@ -83,7 +49,8 @@ def analyse(model: nn.Module, inputs: tuple[Any, ...], protect: Sequence[str] = 
             hint = did_you_mean(pattern, names)
             raise PruningError(f"protect: no layer of the model is called {pattern!r}{hint}")
         for group in list(groups):
-            if fnmatch.filter([group.name, *group.layers], pattern):
+            inside = fnmatch.filter(group.layers, f"{pattern}.*")
+            if inside or fnmatch.filter([group.name, *group.layers], pattern):
                 groups.remove(group)
                 frozen[group.name] = f"protected by {pattern!r}"
     return verified(model, Coupling(tuple(groups), frozen), inputs)
@@ -178,7 +145,8 @@ def prune(
             from; may be left out.
         loss: takes (model, batch) and gives the scalar to differentiate; for criteria that need
             gradients. Left out, cross-entropy on (inputs, labels).
-        protect: name patterns of layers whose channels all stay.
+        protect: name patterns of layers that stay whole, with all channels that they read or make;
+            the name of a block covers the layers inside.
         round_to: kept channels are a multiple of this.
         min_channels: the fewest channels of a group.
         data_batches: batches for a criterion's gradients.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from slimkit.errors import ArtifactError
-from slimkit.pruning.coupling import Group
+
+if TYPE_CHECKING:  # an artifact is loaded without Torch-Pruning, which `coupling` imports
+    from slimkit.pruning.coupling import Group
 
 Kept = dict[str, dict[int, list[int]]]
 """The positions that remain: tensor path -> dimension -> sorted positions in the original."""
@@ -72,10 +75,23 @@ def remove_(model: nn.Module, kept: Kept) -> None:
         if id(tensor) in done:
             continue
         done.add(id(tensor))
-        tensor.data = cut(tensor.data, dims)
         tensor.grad = None
+        smaller = cut(tensor.data, dims)
+        if tensor.requires_grad:  # else autograd goes on expecting gradients of the old shape
+            _forget_gradient_shape_(tensor)
+        tensor.data = smaller
     for module in model.modules():
         _fit_attributes_(module)
+
+
+def _forget_gradient_shape_(tensor: Tensor) -> None:
+    """Make autograd take the tensor's shape anew at the next forward.
+
+    As long as a graph lives that read the tensor (a loss that was kept), its gradient accumulator
+    is used again, with the old shape; PyTorch makes a new one only when the type changes.
+    """
+    other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
 
 
 def _fit_attributes_(module: nn.Module) -> None:

@@ -25,24 +25,37 @@ OTHERWISE = "removing its channels changes the output otherwise than zeroing the
 def verified(model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...]) -> Coupling:
     """The same coupling without the groups that fail, each frozen with its reason.
 
-    All groups are tried at once first; only if that fails is each tried alone.
+    All groups are tried at once first; what fails is halved until the culprits are alone.
     """
     inputs = tuple(map_tensors(_lively, x) for x in inputs)
-    if not coupling.groups or not _failure(model, coupling.groups, inputs):
+    if not coupling.groups:
         return coupling
     frozen = dict(coupling.frozen)
-    good = []
-    for group in coupling.groups:
-        reason = _failure(model, [group], inputs)
-        if reason:
-            frozen[group.name] = reason
-        else:
-            good.append(group)
+    good = _holding(model, coupling.groups, inputs, frozen)
+    if len(good) == len(coupling.groups):
+        return coupling
     reason = _failure(model, good, inputs) if good else ""
     while reason and good:  # single groups hold but not all together: drop from the end
         frozen[good.pop().name] = f"together with other groups, {reason}"
         reason = _failure(model, good, inputs) if good else ""
     return Coupling(tuple(good), frozen)
+
+
+def _holding(
+    model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...], frozen: dict[str, str]
+) -> list[Group]:
+    """The groups that can be removed; the others go into `frozen` with their reason."""
+    reason = _failure(model, groups, inputs)
+    if not reason:
+        return list(groups)
+    if len(groups) == 1:
+        frozen[groups[0].name] = reason
+        return []
+    middle = len(groups) // 2
+    return [
+        *_holding(model, groups[:middle], inputs, frozen),
+        *_holding(model, groups[middle:], inputs, frozen),
+    ]
 
 
 def _lively(x: Tensor) -> Tensor:

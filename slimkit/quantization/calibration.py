@@ -63,8 +63,8 @@ def calibrate_(
         scale, _ = fake[name].qparams()
         if not all(math.isfinite(s) and s > 0 for s in scale.flatten().tolist()):
             raise QuantizationError(
-                f"the range at {name} is not finite after calibration; the model gives NaN or "
-                "infinity there in float already"
+                f"{type(fake[name]).__name__} gave a scale that is not positive and finite at "
+                f"{name} after calibration"
             )
     fake.state = "quantize"
 

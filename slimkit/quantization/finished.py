@@ -27,6 +27,8 @@ from slimkit.quantization.sites import Sites
 _ops = torch.ops.quantized_decomposed
 _FOLDS_INTO = ("conv1d", "conv2d", "conv3d", "linear")
 _INT32 = 2**31 - 1
+_ROOM = 2**29  # of an integer bias: leaves the rest of int32 to the sums of products
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def finish(model: nn.Module, example_inputs: tuple[Any, ...]) -> Deployable:
@@ -74,9 +76,16 @@ class _Rounding:
     grid: Grid
 
     def __call__(self, x: Tensor) -> Tensor:
-        kind = torch.uint8 if not self.grid.signed else torch.int8
-        arguments = (self.scale, self.zero_point, self.grid.qmin, self.grid.qmax, kind)
+        grid = self.grid
+        arguments = (self.scale, self.zero_point, grid.qmin, grid.qmax, _dtype(grid))
         return _ops.dequantize_per_tensor(_ops.quantize_per_tensor(x, *arguments), *arguments)
+
+
+def _dtype(grid: Grid) -> torch.dtype:
+    """The narrowest integers that hold the grid."""
+    if grid.bits <= 8:
+        return torch.int8 if grid.signed else torch.uint8
+    return torch.int16 if grid.signed else torch.uint16
 
 
 class _Finished(nn.Module):
@@ -96,7 +105,11 @@ class _Finished(nn.Module):
             grid = fake.scheme.activations
             self.roundings[name] = _Rounding(float(scale), int(zero_point), grid)
         self.layers: dict[str, _Weights] = {}
-        folded = _foldable(traced)
+        folded = {
+            call: norm
+            for call, norm in _foldable(traced).items()
+            if call not in self.sites.outputs and norm.name not in self.sites.inputs
+        }
         self.skipped = {norm.name for norm in folded.values()}
         self.moved = {  # a rounding behind a folded batch-norm now sits behind its convolution
             call: self.sites.outputs[norm.name]
@@ -145,16 +158,22 @@ class _Finished(nn.Module):
             integers = grid.quantize(weight, scale, zero_point)
             if factor is not None:
                 integers = integers * _spread(factor.sign(), weight)
-                scale = torch.where(factor == 0, torch.ones_like(scale), scale * factor.abs())
-            self.register_buffer(names.weight, integers.to(torch.int8))
+                scale = scale * factor.abs()
+            source = fake.sites.source(call, traced)
+            step = None  # of the input, where the bias is an integer
+            if bias is not None and fake.scheme.bias_bits == 32 and source is not None:
+                step = self.roundings[source].scale
+                if len(scale) == len(bias):
+                    integers, scale = _with_room(integers, scale, bias / (step * _ROOM))
+            scale = torch.where(scale > _TINY, scale, torch.ones_like(scale))
+            self.register_buffer(names.weight, integers.to(_dtype(grid)))
             names.scale, names.grid = f"{at}_scale", grid
             self._add_scale(names.scale, scale, weight.shape[grid.axis])
-            source = fake.sites.source(call, traced)
-            if bias is not None and fake.scheme.bias_bits == 32 and source is not None:
+            if bias is not None and step is not None:
                 names.bias_scale = f"{at}_bias_scale"
-                bias_scale = scale * self.roundings[source].scale
+                bias_scale = scale * step
                 self._add_scale(names.bias_scale, bias_scale, len(bias))
-                bias = (bias / bias_scale).double().round().clamp(-_INT32, _INT32).to(torch.int32)
+                bias = (bias.double() / bias_scale).round().clamp(-_INT32, _INT32).to(torch.int32)
         if names.bias is not None:
             self.register_buffer(names.bias, bias)
         self.layers[call.name] = names
@@ -201,6 +220,18 @@ class _Finished(nn.Module):
         """The model's outputs, computed as on the device."""
         with _FinishedMode(self):
             return self.network(*args)
+
+
+def _with_room(integers: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers for a scale of at least `least`, where the bias would not fit into 32 bits else.
+
+    A batch-norm that all but silences a channel leaves it a tiny scale, in which its shift would
+    be a huge integer.
+    """
+    wanted = torch.maximum(scale, least.abs())
+    same = torch.ones_like(scale)
+    ratio = torch.where(scale < wanted, scale / wanted, same)
+    return (integers * _spread(ratio, integers)).round(), wanted
 
 
 def _spread(per_channel: Tensor, weight: Tensor) -> Tensor:

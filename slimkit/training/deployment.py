@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from slimkit.batches import first_sample, inputs_of
+from slimkit.batches import first_sample, inputs_of, to_cpu
 from slimkit.deploy.artifact import Contents, write
-from slimkit.deploy.folder import check_target, replacing
+from slimkit.deploy.folder import check_target, move, replacing
 from slimkit.deploy.gates import missed
 from slimkit.deploy.release import Row, release, verdicts
 from slimkit.errors import GateError, SlimkitError
@@ -67,14 +67,16 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
         GateError: a gate was missed; the artifact is written beside, with ``.rejected``.
     """
     recipe = module.recipe
-    check_target(directory)
+    for folder in (directory, rejected(directory)):
+        check_target(folder)
+    _check_done(module)
     loaders = Loaders(data)
     network = own_copy(module.network).cpu().eval()
     dense = own_copy(module.dense).cpu().eval()
     batch = next(iter(loaders.calibration()), None)
     if batch is None:
         raise SlimkitError("the training data is empty: it gave no batch")
-    inputs = first_sample(tree_map(_cpu, inputs_of(batch)))
+    inputs = first_sample(to_cpu(inputs_of(batch, network)))
     backends: dict[str, Backend] = {
         ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
     }
@@ -92,7 +94,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
             backends,
             inputs,
             work / "exports",
-            agreement_inputs=_inputs(loaders.evaluation()),
+            agreement_inputs=_inputs(loaders.evaluation(), network),
             evaluate=evaluator,
             labels=_labels(module),
         )
@@ -104,10 +106,9 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
         )
         _write(work, module, network, quantized, result, misses)
     if misses:
-        rejected = directory.with_name(f"{directory.name}.rejected")
-        _move(_aside(directory), rejected)
-        raise MissedGates(misses, replace(result, directory=rejected))
-    _move(_aside(directory), directory)
+        move(_aside(directory), rejected(directory))
+        raise MissedGates(misses, replace(result, directory=rejected(directory)))
+    move(_aside(directory), directory)
     return result
 
 
@@ -136,7 +137,10 @@ class Loaders:
 
     def calibration(self) -> Any:
         """Training batches."""
-        return self._loader("fit", "train_dataloader", "train_dataloader")
+        loader = self._loader("fit", "train_dataloader", "train_dataloader")
+        if loader is None:
+            raise SlimkitError("the data has no training loader to take batches from")
+        return loader
 
     def evaluation(self) -> Any:
         """Test batches, or validation batches where there is no test set."""
@@ -165,6 +169,22 @@ class Loaders:
                     raise
                 return None
         return getattr(self.data, attribute, None)
+
+
+def _check_done(module: SlimModule) -> None:
+    """What the recipe asks for has happened, or it is an error; what was skipped is said."""
+    recipe, state = module.recipe, module.state
+    if recipe.prune is not None and not state.cut:
+        raise SlimkitError(
+            "the network has not been pruned yet: call Trainer.fit(module) to the end of "
+            f"prune.during ({recipe.prune.during[1]}) before the export"
+        )
+    wants = recipe.quantize is not None and recipe.quantize.train_from is not None
+    if wants and (module.fake is None or module.fake.state != "quantize"):
+        module.announce(
+            "quantization-aware training never began (the training was too short): ranges are "
+            "found after training instead"
+        )
 
 
 def _labels(module: SlimModule) -> dict[str, str]:
@@ -203,12 +223,12 @@ def _quantized(
     return result
 
 
-def _inputs(loader: Any) -> tuple[Any, ...]:
+def _inputs(loader: Any, network: nn.Module) -> tuple[Any, ...]:
     """Inputs of up to `MOST_COMPARED` samples, as one large batch."""
     columns: list[tuple[Any, ...]] = []
     count = 0
     for batch in loader:
-        inputs = tree_map(_cpu, inputs_of(batch))
+        inputs = to_cpu(inputs_of(batch, network))
         columns.append(inputs)
         count += len(inputs[0]) if isinstance(inputs[0], torch.Tensor) else 1
         if count >= MOST_COMPARED:
@@ -218,10 +238,6 @@ def _inputs(loader: Any) -> tuple[Any, ...]:
     return tuple(
         tree_map(lambda *ts: torch.cat(ts), *column) for column in zip(*columns, strict=True)
     )
-
-
-def _cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _write(
@@ -263,17 +279,10 @@ def _write(
     write(work, contents)
 
 
+def rejected(directory: Path) -> Path:
+    """Where an artifact goes that misses a gate."""
+    return directory.with_name(f"{directory.name}.rejected")
+
+
 def _aside(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.new")
-
-
-def _move(source: Path, target: Path) -> None:
-    """Put a finished artifact in place of an older one."""
-    import shutil
-
-    check_target(target)
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
-        target.rename(old)
-    source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

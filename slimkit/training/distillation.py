@@ -43,10 +43,6 @@ class Distillation:
                         + did_you_mean(place, names)
                     )
 
-    def to(self, device: torch.device) -> None:
-        """Move the teacher."""
-        self.teacher.to(device)
-
     @contextmanager
     def watching(self) -> Iterator[Catch]:
         """Inside, what the student's forward takes and gives is caught."""
@@ -69,6 +65,9 @@ class Distillation:
         if not caught.called:  # the training step went round the forward: run it once more
             with self.watching() as caught:
                 self.student(*inputs_of(batch, self.student))
+        parameter = next(self.student.parameters(), None)
+        if parameter is not None:
+            self.teacher.to(parameter.device)  # costs nothing once it is there
         taught = Catch()
         handles = _hook(self.teacher, [loss.places[1] for loss in self.recipe.losses], taught)
         try:

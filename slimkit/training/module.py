@@ -14,8 +14,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from slimkit.errors import SlimkitError
-from slimkit.pruning.prune import PruningReport
 from slimkit.pruning.removal import remove_
+from slimkit.pruning.report import PruningReport
 from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization
 from slimkit.quantization.sites import Sites
@@ -149,8 +149,10 @@ class SlimModule(pl.LightningModule):
                 "devices: 1, or prune with max_epochs: 0 first"
             )
         self.inner.setup(stage)
-        for distillation in self._distillation:
-            distillation.to(self.device)
+        if stage == "fit" and self.recipe.distill is not None and not self._distillation:
+            self.announce(
+                "no distillation: with manual optimization the loss is not slimkit's to change"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add structure, schedule and sites, so that the same run can go on."""
@@ -192,11 +194,14 @@ class SlimModule(pl.LightningModule):
         self.announce(f"{epoch}: {message}")
 
     def _simulated(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`step` with the fake-quantizers active in the network's operations."""
+        """`step` with the fake-quantizers active in the network's operations.
+
+        Ranges are taken from training batches only.
+        """
 
         @functools.wraps(step)
         def simulated(*args: Any, **kwargs: Any) -> Any:
-            if self.fake is None:
+            if self.fake is None or (self.fake.state == "observe" and not self.training):
                 return step(*args, **kwargs)
             with self.fake.active(self.network):
                 return step(*args, **kwargs)
@@ -219,7 +224,8 @@ class SlimModule(pl.LightningModule):
             loss = output["loss"] if isinstance(output, Mapping) else output
             total = distillation.recipe.label_weight * loss
             batch = args[0] if args else kwargs.get("batch")
-            for name, value in distillation.losses_of(caught, batch).items():
+            compare = self._simulated(distillation.losses_of)
+            for name, value in compare(caught, batch).items():
                 self.log(f"distill/{name}", value.detach())
                 total = total + value
             self.state.distilled = True

@@ -49,13 +49,27 @@ class PruningCallback(pl.Callback):
         self._settling: dict[_BatchNorm, float | None] = {}
         self._settle_left = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had not stopped."""
+        return {"scores": self._scores, "settle_left": self._settle_left}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the scores collected and the batch-norm batches left."""
+        self._scores, self._settle_left = state_dict["scores"], state_dict["settle_left"]
+
+    def on_train_start(self, _trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Go on settling batch-norm where the run was resumed in the middle of it."""
+        if self._settle_left and not self._settling:
+            self._start_settling()
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, _module: pl.LightningModule, batch: Any, _batch_idx: int
     ) -> None:
         """Analyse at the first batch; cut when the window has closed."""
         state = self.module.state
         if not state.cut and self.masks is None:
-            self._analyse(batch)
+            state.example_inputs = first_sample(inputs_of(batch, self.module.network))
+            self._analyse()
         if not state.cut and state.updates >= self._updates:
             self._cut(trainer)
 
@@ -90,8 +104,19 @@ class PruningCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Cut at the latest when training ends."""
-        if not self.module.state.cut and self.masks is not None:
-            if self.module.state.updates < self._updates:
+        self.conclude(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Cut where a run went on from a checkpoint of its very end, and no batch was left."""
+        self.conclude(trainer)
+
+    def conclude(self, trainer: pl.Trainer) -> None:
+        """Cut now if that has not happened."""
+        state = self.module.state
+        if not state.cut and state.example_inputs:
+            if self.masks is None:
+                self._analyse()
+            if state.updates < self._updates:
                 if not self._scores:
                     self._collect_scores()
                 self._update(self._updates)
@@ -105,10 +130,8 @@ class PruningCallback(pl.Callback):
     def _updates(self) -> int:
         return 1 if self.recipe.schedule == "one-shot" else self.recipe.steps
 
-    def _analyse(self, batch: Any) -> None:
-        network = self.module.network
-        inputs = first_sample(inputs_of(batch, network))
-        self.module.state.example_inputs = inputs
+    def _analyse(self) -> None:
+        network, inputs = self.module.network, self.module.state.example_inputs
         coupling = analyse(network, inputs, self.recipe.protect)
         if not coupling.groups:
             raise PruningError(
@@ -166,12 +189,17 @@ class PruningCallback(pl.Callback):
             f"{report.parameters[1] / report.parameters[0]:.1%} of the parameters are left"
         )
         if self.recipe.batchnorm_batches:
-            norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
-            self._settling = {m: m.momentum for m in norms if m.track_running_stats}
             self._settle_left = self.recipe.batchnorm_batches
+            self._start_settling()
             for norm in self._settling:
                 norm.reset_running_stats()
-                norm.momentum = None  # plain average over the next batches
+
+    def _start_settling(self) -> None:
+        """Let batch-norm statistics be the plain average over the next batches."""
+        norms = [m for m in self.module.network.modules() if isinstance(m, _BatchNorm)]
+        self._settling = {m: m.momentum for m in norms if m.track_running_stats}
+        for norm in self._settling:
+            norm.momentum = None
 
     def _settle(self) -> None:
         if self._settle_left:

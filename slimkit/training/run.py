@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from slimkit.batches import first_sample, inputs_of
+from slimkit.deploy.folder import check_target
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Criterion
@@ -31,7 +35,7 @@ from slimkit.pruning.selection import Target
 from slimkit.recipe import Import, Recipe
 from slimkit.registry import discover
 from slimkit.training.classification import Classification
-from slimkit.training.deployment import Loaders, Release, deploy
+from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
 
@@ -69,6 +73,8 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
         GateError: a gate was missed; the artifact is in ``<output>.rejected``.
     """
     model_import, data_import = _needed(recipe)
+    for folder in (output, rejected(output)):
+        check_target(folder)
     work = output.with_name(f"{output.name}.work")
     key = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
     if fresh or not _same_run(work, key):
@@ -79,6 +85,7 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
     with muted():
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     data = build(data_import.model_dump(), "data", pl.LightningDataModule)
+    _check_loaders(data)
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     model = build(model_import.model_dump(), "model", nn.Module)
     if recipe.weights is not None:
@@ -108,6 +115,19 @@ def _needed(recipe: Recipe) -> tuple[Import, Import]:
     return recipe.model, recipe.data
 
 
+def _check_loaders(data: pl.LightningDataModule) -> None:
+    """Say before any training that something to train or to measure on is missing."""
+    own = type(data)
+    if own.train_dataloader is pl.LightningDataModule.train_dataloader:
+        raise SlimkitError(f"data: {own.__name__} has no train_dataloader")
+    names = ("test_dataloader", "val_dataloader")
+    if all(getattr(own, n) is getattr(pl.LightningDataModule, n) for n in names):
+        raise SlimkitError(
+            f"data: {own.__name__} has neither a test nor a validation loader: accuracy and "
+            "agreement cannot be measured"
+        )
+
+
 def _same_run(work: Path, key: str) -> bool:
     note = work / "recipe.sha256"
     return note.is_file() and note.read_text() == key
@@ -119,15 +139,17 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
             state = state.get("state_dict", state)
         model.load_state_dict(state, strict=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         first = "\n  ".join(str(error).splitlines()[:4])
         raise SlimkitError(f"weights: {path} cannot be loaded into the model: {first}") from error
 
 
 def _trainer(recipe: Recipe, work: Path, max_epochs: int, **more: Any) -> pl.Trainer:
-    arguments = {
+    arguments: dict[str, Any] = {
         "logger": CSVLogger(str(work), name="logs"),
         "enable_progress_bar": not is_quiet(),
         "enable_model_summary": False,
@@ -137,7 +159,20 @@ def _trainer(recipe: Recipe, work: Path, max_epochs: int, **more: Any) -> pl.Tra
         "max_epochs": max_epochs,
         **more,
     }
-    return pl.Trainer(**arguments)
+    if arguments["enable_progress_bar"]:
+        bar = RichProgressBar(leave=False, console_kwargs={"stderr": True})
+        arguments["callbacks"] = [*arguments.get("callbacks", []), bar]
+    with _blaming_input():
+        return pl.Trainer(**arguments)
+
+
+@contextmanager
+def _blaming_input() -> Iterator[None]:
+    """What Lightning finds wrong with trainer arguments, model or data is bad input."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise SlimkitError(f"Lightning: {error}") from error
 
 
 def _pretrained(
@@ -156,7 +191,7 @@ def _pretrained(
     lightning = isinstance(model, pl.LightningModule)
     inner = model if lightning else Classification(model, recipe.pretrain.optimizer)
     assert isinstance(inner, pl.LightningModule)
-    with muted():
+    with muted(), _blaming_input():
         _trainer(recipe, work, epochs, callbacks=[EpochLine(say)]).fit(inner, datamodule=data)
     inner.cpu()
     partial = kept.with_suffix(".partial")
@@ -171,7 +206,7 @@ def _fit(module: SlimModule, data: pl.LightningDataModule, work: Path, say: Say)
     if last.is_file():
         say(f"going on from {last}")
     keep = ModelCheckpoint(dirpath=work, filename="epoch", save_last=True, save_top_k=0)
-    with muted():
+    with muted(), _blaming_input():
         trainer = _trainer(
             recipe,
             work,
@@ -203,7 +238,13 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
 
         def loss(_network: nn.Module, batch: Any) -> torch.Tensor:
             output: Any = step(batch, 0)
-            return output["loss"] if isinstance(output, dict) else output
+            loss = output["loss"] if isinstance(output, dict) else output
+            if not isinstance(loss, torch.Tensor):
+                raise SlimkitError(
+                    f"criterion {section.criterion.name!r} needs the loss that training_step "
+                    f"returns, but it returned {type(loss).__name__}; choose one such as 'l1'"
+                )
+            return loss
 
         module.inner.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
         batches = islice(loaders.calibration(), section.data_batches)

@@ -177,6 +177,13 @@ def test_every_value_is_counted_once_when_bins_widen():
     assert seen.counts.sum().item() == 1200
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_widening_merges_neighbours_on_the_same_side_of_zero(sign):
+    small, large = sign * noise(500), np.float32([40.0, -40.0])
+    merged = observed(Percentile(ASYMMETRIC), small, large)
+    assert torch.equal(merged.counts, observed(Percentile(ASYMMETRIC), large, small).counts)
+
+
 def test_percentile_goes_from_denormal_values_to_large_ones():
     seen = observed(Percentile(SYMMETRIC, percentile=100), [1e-43, -1e-43], [1e4, -1e4])
     assert covered(seen)[1] == pytest.approx(1e4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import Net, conv
-from nets import INPUTS, TENSORS, normal
+from nets import INPUTS, TENSORS, Shifted, normal
 from torch import nn
 from torch.nn import functional
 
@@ -169,19 +169,6 @@ def test_in_place_operations_are_placed_like_others(scheme) -> None:
         return net.b(functional.relu(z, inplace=True))
 
     assert sites(in_place, scheme, **layers) == sites(apart, scheme, **layers)
-
-
-class Shifted(nn.Module):
-    """Adds a parameter and a buffer, which are no tensors of the data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = conv(3, 4)
-        self.shift = nn.Parameter(torch.ones(1, 4, 1, 1))
-        self.register_buffer("offset", torch.ones(1, 3, 1, 1))
-
-    def forward(self, x):
-        return self.shift + self.a(self.offset + x)
 
 
 @pytest.mark.parametrize("scheme", [INPUTS, TENSORS])

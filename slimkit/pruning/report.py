@@ -1,0 +1,41 @@
+"""What a cut did to a model: stays with the model and goes into its artifact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from slimkit.pruning.removal import Kept
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What was removed from a model, and what stayed whole and why.
+
+    Args:
+        groups: group name to (channels before, channels after, coupled layers).
+        frozen: group name to the reason why it was left whole.
+        macs: multiply-accumulates before and after, measured.
+        parameters: parameters before and after, measured.
+        kept: the positions that remain in each tensor of the model as its function builds it.
+    """
+
+    groups: dict[str, tuple[int, int, list[str]]]
+    frozen: dict[str, str]
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    kept: Kept = field(repr=False)
+
+    def __str__(self) -> str:
+        """A table for people."""
+        lines = [
+            f"MACs        {self.macs[0]:>14,} -> {self.macs[1]:>14,}  "
+            f"({self.macs[1] / max(1, self.macs[0]):.1%})",
+            f"parameters  {self.parameters[0]:>14,} -> {self.parameters[1]:>14,}  "
+            f"({self.parameters[1] / max(1, self.parameters[0]):.1%})",
+        ]
+        for name, (before, after, layers) in self.groups.items():
+            coupled = f"  with {', '.join(layers[1:4])}" if len(layers) > 1 else ""
+            more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+            lines.append(f"{name:<32} {before:>5} -> {after:>5} channels{coupled}{more}")
+        lines += [f"{name:<32} left whole: {reason}" for name, reason in self.frozen.items()]
+        return "\n".join(lines)

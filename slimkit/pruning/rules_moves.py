@@ -1,0 +1,300 @@
+"""How channels pass through operations that only move values: joins, splits, views, pads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from slimkit.pruning.identities import fixed, is_free, stretching, varies
+from slimkit.pruning.propagation import (
+    Dims,
+    NotFollowedError,
+    Propagation,
+    Rule,
+    argument,
+    shape_of,
+)
+
+
+def cat(walk: Propagation, node: fx.Node, name: str) -> Any:
+    parts = [walk.dims(part) for part in argument(node, 0, "tensors")]
+    tensors = [part for part in parts if part]
+    d = (argument(node, 1, "dim") or 0) % len(tensors[0])
+    out = list(tensors[0])
+    for other in tensors[1:]:
+        for k, dim in enumerate(other):
+            if k != d:
+                out[k] = walk.ids.tie(out[k], dim, f"{name} beside a constant")
+    out[d] = np.concatenate([part[d] for part in tensors])
+    return out
+
+
+def stack(walk: Propagation, node: fx.Node, name: str) -> Any:
+    tensors = [walk.dims(part) for part in argument(node, 0, "tensors")]
+    first = list(tensors[0] or [])
+    for other in tensors[1:]:
+        first = [walk.ids.tie(a, b, name) for a, b in zip(first, other or [], strict=True)]
+    d = (argument(node, 1, "dim") or 0) % (len(first) + 1)
+    return [*first[:d], fixed(len(tensors)), *first[d:]]
+
+
+def chunk(walk: Propagation, node: fx.Node, name: str) -> Any:
+    """Equal parts: the k-th channels of all parts go together, so that they stay equal."""
+    return _parts(walk, node, name, argument(node, 2, "dim") or 0)
+
+
+def _parts(walk: Propagation, node: fx.Node, name: str, dim: int) -> Any:
+    x = walk.tensor(node, 0)
+    d = dim % len(x)
+    sizes = [t.shape[d] for t in node.meta["val"]]
+    bounds = np.cumsum(sizes)[:-1]
+    parts = np.split(x[d], bounds)
+    if is_free(x[d]):
+        if len(set(sizes)) == 1:
+            walk.ids.tie_rows(np.stack(parts), f"{name} into equal parts")
+        else:
+            walk.ids.freeze(x[d], f"{name} into parts of different size")
+    return tuple([*x[:d], part, *x[d + 1 :]] for part in parts)
+
+
+def unbind(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x = walk.tensor(node, 0)
+    d = (argument(node, 1, "dim") or 0) % len(x)
+    walk.ids.freeze(x[d], name)
+    return tuple([*x[:d], *x[d + 1 :]] for _ in node.meta["val"])
+
+
+def slice_(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x = walk.tensor(node, 0)
+    d = (argument(node, 1, "dim") or 0) % len(x)
+    start, end, step = (argument(node, p, "") for p in (2, 3, 4))
+    part = x[d][slice(start, end, step)]
+    if len(part) != len(x[d]):
+        walk.ids.freeze(x[d], f"{name} at a constant")
+    return [*x[:d], part, *x[d + 1 :]]
+
+
+def select(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x = walk.tensor(node, 0)
+    d = (argument(node, 1, "dim") or 0) % len(x)
+    walk.ids.freeze(x[d], f"{name} at a constant")
+    return [*x[:d], *x[d + 1 :]]
+
+
+def index(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, indices = walk.tensor(node, 0), node.args[1]
+    if x is None or not isinstance(indices, list | tuple):
+        raise NotFollowedError("no tensor")
+    used = [d for d, index in enumerate(indices) if index is not None]
+    for d in used:
+        walk.ids.freeze(x[d], "positions are looked up in it")
+    if used != list(range(used[0], used[0] + len(used))):
+        raise NotFollowedError("indices in several places")
+    rest = len(x) - len(used)
+    shape = shape_of(node)
+    made = [fixed(size) for size in shape[used[0] : len(shape) - (rest - used[0])]]
+    return [*x[: used[0]], *made, *x[used[0] + len(used) :]]
+
+
+def roll(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, dims = walk.tensor(node, 0), argument(node, 2, "dims")
+    for d in range(len(x)) if not dims else [dims] if isinstance(dims, int) else dims:
+        walk.ids.freeze(x[d], name)
+    return list(x)
+
+
+def flip(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, dims = walk.tensor(node, 0), argument(node, 1, "dims")
+    for d in dims:
+        walk.ids.freeze(x[d], name)
+    return list(x)
+
+
+def pad(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, amounts = walk.tensor(node, 0), argument(node, 1, "pad")
+    out = list(x)
+    for k in range(len(amounts) // 2):
+        d, (before, after) = len(x) - 1 - k, amounts[2 * k : 2 * k + 2]
+        if before < 0 or after < 0:
+            walk.ids.freeze(out[d], "cropped by a constant")
+            out[d] = fixed(shape_of(node)[d])
+        else:
+            out[d] = np.concatenate([fixed(before), out[d], fixed(after)])
+    return out
+
+
+def permute(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, order = walk.tensor(node, 0), argument(node, 1, "dims")
+    return [x[d] for d in order]
+
+
+def movedim(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, a, b = walk.tensor(node, 0), argument(node, 1, ""), argument(node, 2, "")
+    sources = [d % len(x) for d in ([a] if isinstance(a, int) else a)]
+    targets = [d % len(x) for d in ([b] if isinstance(b, int) else b)]
+    rest = iter(d for d in range(len(x)) if d not in sources)
+    placed = dict(zip(targets, sources, strict=True))
+    return [x[placed[d]] if d in placed else x[next(rest)] for d in range(len(x))]
+
+
+def transpose(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x = walk.tensor(node, 0)
+    out = list(x)
+    a, b = (argument(node, 1, ""), argument(node, 2, "")) if len(node.args) > 2 else (0, -1)
+    out[a], out[b] = out[b], out[a]
+    return out
+
+
+def expand(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, shape = walk.tensor(node, 0), shape_of(node)
+    offset = len(shape) - len(x)
+    out: Dims = [stretching(size) for size in shape]
+    for d, dim in enumerate(x):
+        if len(dim) == shape[offset + d]:
+            out[offset + d] = dim
+    return out
+
+
+def repeat(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, times = walk.tensor(node, 0), argument(node, 1, "repeats")
+    padded = [fixed(1)] * (len(times) - len(x)) + list(x)
+    return [np.tile(dim, n) for dim, n in zip(padded, times, strict=True)]
+
+
+def unsqueeze(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x = walk.tensor(node, 0)
+    d = argument(node, 1, "dim") % (len(x) + 1)
+    return [*x[:d], fixed(1), *x[d:]]
+
+
+def pixel_shuffle(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, factor = walk.tensor(node, 0), node.args[1]
+    if x is None or not isinstance(factor, int):
+        raise NotFollowedError("no tensor")
+    rows = x[1].reshape(-1, factor * factor)
+    out = walk.ids.tie_rows(rows.T, name)
+    return [x[0], out, *[fixed(size) for size in shape_of(node)[2:]]]
+
+
+def pixel_unshuffle(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, factor = walk.tensor(node, 0), node.args[1]
+    if x is None or not isinstance(factor, int):
+        raise NotFollowedError("no tensor")
+    return [x[0], np.repeat(x[1], factor**2), *[fixed(size) for size in shape_of(node)[2:]]]
+
+
+def channel_shuffle(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, groups = walk.tensor(node, 0), node.args[1]
+    if x is None or not isinstance(groups, int):
+        raise NotFollowedError("no tensor")
+    rows = x[1].reshape(groups, -1)
+    walk.ids.tie_rows(rows, name)
+    return [x[0], rows.T.reshape(-1), *x[2:]]
+
+
+def glu(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x = walk.tensor(node, 0)
+    dim = argument(node, 1, "dim")
+    d = (-1 if dim is None else dim) % len(x)
+    half = len(x[d]) // 2
+    return [*x[:d], walk.ids.tie(x[d][:half], x[d][half:], name), *x[d + 1 :]]
+
+
+def view(walk: Propagation, node: fx.Node, name: str) -> Any:
+    """Merge and split dimensions, block by block of equal product."""
+    x = walk.tensor(node, 0)
+    shape = shape_of(node)
+    out: Dims = []
+    for before, after in _blocks([len(dim) for dim in x], shape):
+        out += _reshaped(walk, [x[d] for d in before], [shape[d] for d in after], name)
+    return out
+
+
+def _reshaped(walk: Propagation, dims: Dims, sizes: list[int], name: str) -> Dims:
+    free = varies(dims)
+    if not free:
+        return [fixed(size) for size in sizes]
+    big = [k for k, size in enumerate(sizes) if size > 1]
+    if len(dims) == 1 and len(big) <= 1:
+        return [dims[0] if k in big else fixed(size) for k, size in enumerate(sizes)]
+    if len(free) > 1:
+        walk.freeze(dims, f"{name} merges several dimensions of channels")
+        return [fixed(size) for size in sizes]
+    place = free[0]
+    axes = [1] * len(dims)
+    axes[place] = len(dims[place])
+    lattice = np.broadcast_to(dims[place].reshape(axes), [len(dim) for dim in dims])
+    lattice = lattice.reshape(sizes)
+    if len(sizes) == 1:
+        return [lattice]
+    for k in big:  # the channels may lie along one of the new dimensions alone
+        rows = np.moveaxis(lattice, k, -1).reshape(-1, sizes[k])
+        if (rows == rows[0]).all():
+            return [rows[0] if j == k else fixed(size) for j, size in enumerate(sizes)]
+    if len(dims) > 1 and len([d for d in dims if len(d) > 1]) > 1:
+        walk.freeze(dims, f"{name} mixes channels with other dimensions")
+        return [fixed(size) for size in sizes]
+    # One dimension is split: the same positions of all parts go together, as in attention heads
+    # and channel shuffles; verification tells whether the user's code allows it.
+    last = big[-1]
+    rows = np.moveaxis(lattice, last, -1).reshape(-1, sizes[last])
+    kept = walk.ids.tie_rows(rows, name)
+    return [kept if j == last else fixed(size) for j, size in enumerate(sizes)]
+
+
+def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Runs of dimensions with equal products on both sides, as short as possible.
+
+    >>> _blocks([2, 3, 4], [6, 4])
+    [([0, 1], [0]), ([2], [1])]
+    """
+    blocks: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = ([i] if i < len(before) else []), ([j] if j < len(after) else [])
+        i, j = i + len(left), j + len(right)
+        while True:
+            a, b = math.prod(before[d] for d in left), math.prod(after[d] for d in right)
+            if a == b:
+                break
+            if a < b:
+                left.append(i)
+                i += 1
+            else:
+                right.append(j)
+                j += 1
+        blocks.append((left, right))
+    return blocks
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), chunk),
+    **dict.fromkeys(("pad", "constant_pad_nd"), pad),
+    **dict.fromkeys(("permute",), permute),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT"), transpose),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+    **dict.fromkeys(("repeat", "tile"), repeat),
+    **dict.fromkeys(
+        ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "squeeze"),
+        view,
+    ),
+    **dict.fromkeys(("_unsafe_view",), view),
+    **dict.fromkeys(("movedim", "moveaxis"), movedim),
+    "cat": cat,
+    "stack": stack,
+    "unbind": unbind,
+    "slice": slice_,
+    "select": select,
+    "index": index,
+    "roll": roll,
+    "flip": flip,
+    "unsqueeze": unsqueeze,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
+    "channel_shuffle": channel_shuffle,
+    "glu": glu,
+}

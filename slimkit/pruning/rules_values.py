@@ -1,0 +1,103 @@
+"""How channels pass through operations on values: elementwise, pooling, reductions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from slimkit.pruning.identities import ANY, fixed, is_free, stretching
+from slimkit.pruning.propagation import (
+    Dims,
+    Propagation,
+    Rule,
+    argument,
+    fixed_like,
+    shape_of,
+    tensors_of_value,
+)
+
+ELEMENTWISE = """
+    abs add sub rsub mul div pow exp log sqrt rsqrt neg reciprocal square sigmoid tanh relu relu6
+    gelu silu mish elu selu celu hardtanh hardswish hardsigmoid leaky_relu softplus softsign erf sin
+    cos clamp clamp_min clamp_max minimum maximum where masked_fill eq ne lt le gt ge logical_and
+    logical_or logical_not bitwise_not floor round sign dropout feature_dropout alpha_dropout clone
+    contiguous detach alias to _to_copy type_as float lift_fresh_copy zeros_like ones_like full_like
+    empty_like rand_like fill zero copy softmax _softmax log_softmax addcmul lerp threshold expm1
+    log1p tan atan fmod remainder floor_divide isnan nan_to_num
+"""
+POOLS = """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d lp_pool2d
+    max_pool2d_with_indices upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa
+    _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+"""
+REDUCTIONS = """
+    mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm logsumexp prod any
+    all
+"""
+SOURCES = """
+    arange zeros ones full rand randn empty scalar_tensor eye linspace new_zeros new_ones new_full
+    new_empty tensor meshgrid
+"""
+
+
+def elementwise(walk: Propagation, node: fx.Node, name: str) -> Any:
+    shape = shape_of(node)
+    out: Dims = [stretching(size) for size in shape]
+    for read in node.all_input_nodes:
+        for dims in tensors_of_value(walk.value(read)):
+            offset = len(shape) - len(dims)
+            for d, dim in enumerate(dims):
+                if offset + d >= 0 and len(dim) == shape[offset + d]:
+                    out[offset + d] = walk.ids.tie(out[offset + d], dim, f"{name} with a constant")
+    return [np.where(dim == ANY, 0, dim) if not is_free(dim) else dim for dim in out]
+
+
+def spatial(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x = walk.tensor(node, 0)
+    value = node.meta["val"]
+    shapes = [t.shape for t in value] if isinstance(value, list | tuple) else [value.shape]
+    unbatched = len(x) == {"1d": 2, "2d": 3, "3d": 4}.get(_suffix(node), -1)
+    keep = 1 if unbatched else 2
+    for dim in x[keep:]:
+        walk.ids.freeze(dim, f"{name} over channels")
+    outs = [[*x[:keep], *[fixed(size) for size in shape[keep:]]] for shape in shapes]
+    return tuple(outs) if isinstance(value, list | tuple) else outs[0]
+
+
+def reduction(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x = walk.tensor(node, 0)
+    value = node.meta["val"]
+    several = isinstance(value, list | tuple)
+    shape = value[0].shape if several else value.shape
+    given = argument(node, 1, "dim")
+    if isinstance(given, float) or (isinstance(given, int | float) and "norm" in name):
+        given = argument(node, 2, "dim")
+    dims = range(len(x)) if given is None else [given] if isinstance(given, int) else given
+    gone = {d % len(x) for d in dims} or set(range(len(x)))
+    if len(shape) == len(x):
+        out = [fixed(1) if d in gone else dim for d, dim in enumerate(x)]
+    else:
+        out = [dim for d, dim in enumerate(x) if d not in gone]
+    return tuple([list(out) for _ in value]) if several else out
+
+
+def source(walk: Propagation, node: fx.Node, name: str) -> Any:
+    return fixed_like(node.meta.get("val"))
+
+
+def _suffix(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__[-2:] if packet is not None else ""
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE.split(), elementwise),
+    **dict.fromkeys(POOLS.split(), spatial),
+    **dict.fromkeys(REDUCTIONS.split(), reduction),
+    **dict.fromkeys(SOURCES.split(), source),
+}

@@ -1,0 +1,252 @@
+"""Export, and back: what an artifact holds is what was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from models import Net
+from nets import conv_norm, normal, residual_net
+from torch import nn
+
+import slimkit
+from slimkit.errors import ArtifactError, ExportError, SlimkitError
+
+X = normal(6, 3, 8, 8, seed=3)
+BACKENDS = ["torch", "onnxruntime", "ncnn"]
+
+
+def pruned() -> nn.Module:
+    return slimkit.prune(residual_net(), X, target={"flops": 0.5}).eval()
+
+
+def quantized(model: nn.Module, backend: str) -> nn.Module:
+    return slimkit.quantize(model, [normal(32, 3, 8, 8)], backend).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An int8 artifact of a pruned model, and the simulation that it was made from."""
+    model = quantized(pruned(), "torch")
+    artifact = slimkit.export(model, X, "torch", directory=tmp_path_factory.mktemp("e") / "small")
+    return artifact, model
+
+
+def copied(artifact, tmp_path: Path) -> Path:
+    target = tmp_path / "copy"
+    for source in artifact.directory.rglob("*"):
+        if source.is_file():
+            file = target / source.relative_to(artifact.directory)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(source.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float_model_goes_to_a_file_and_back(backend: str, tmp_path: Path) -> None:
+    model = pruned()
+    artifact = slimkit.export(model, X, backend, directory=tmp_path / "small")
+    torch.testing.assert_close(artifact.run(X), model(X), rtol=1e-4, atol=1e-4)
+    loaded = slimkit.load(tmp_path / "small", residual_net)
+    assert torch.equal(loaded(X), model(X))
+    assert artifact.agreement == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_int8_model_goes_to_a_file_and_back(backend: str, tmp_path: Path) -> None:
+    model = quantized(pruned(), backend)
+    artifact = slimkit.export(model, X, backend, directory=tmp_path / "small")
+    assert torch.equal(slimkit.load(tmp_path / "small", residual_net)(X), model(X))
+    error = (artifact.run(X) - model(X)).abs().max()
+    assert error < 0.02 * model(X).abs().max()
+    assert artifact.size_bytes == sum(
+        p.stat().st_size for p in (tmp_path / "small" / "exports" / backend).iterdir()
+    )
+
+
+def test_a_module_serves_as_well_as_its_function_and_is_untouched(exported) -> None:
+    artifact, model = exported
+    given = residual_net()
+    before = {k: v.clone() for k, v in given.state_dict().items()}
+    assert torch.equal(slimkit.load(artifact.directory, given)(X), model(X))
+    assert all(torch.equal(v, before[k]) for k, v in given.state_dict().items())
+
+
+def test_without_a_model_the_graph_in_the_artifact_computes_the_same(exported) -> None:
+    artifact, _ = exported
+    graph = slimkit.load(artifact.directory)
+    assert torch.equal(graph(X), artifact.run(X))
+    with pytest.raises(SlimkitError, match="pass model= to slimkit.load"):
+        graph.train()
+
+
+def test_a_loaded_module_can_be_exported_again(exported, tmp_path: Path) -> None:
+    artifact, model = exported
+    loaded = slimkit.load(artifact.directory, residual_net)
+    slimkit.export(loaded, X, "torch", directory=tmp_path / "again")
+    assert torch.equal(slimkit.load(tmp_path / "again", residual_net)(X), model(X))
+
+
+def test_a_loaded_module_tells_what_was_pruned(exported) -> None:
+    artifact, model = exported
+    loaded = slimkit.load(artifact.directory, residual_net)
+    assert str(loaded.model.slimkit_pruning) == str(model.model.slimkit_pruning)
+
+
+def test_run_takes_batches_larger_than_the_files(exported) -> None:
+    artifact, _ = exported
+    one_by_one = torch.cat([artifact.run(x) for x in X.split(1)])
+    assert torch.equal(artifact.run(X), one_by_one)
+
+
+def structured() -> nn.Module:
+    def flow(net, x):
+        y = net.a(x)
+        return {"both": (y, net.b(y)), "sum": [y.sum(1)]}
+
+    return Net(flow, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 2, 3)).eval()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nested_outputs_come_back_in_their_structure(backend: str, tmp_path: Path) -> None:
+    model = structured()
+    artifact = slimkit.export(model, X, backend, directory=tmp_path / "small")
+    torch.testing.assert_close(artifact.run(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_several_inputs_are_split_together(tmp_path: Path) -> None:
+    model = Net(lambda net, x, y: net.a(x) + y, a=nn.Linear(4, 3)).eval()
+    inputs = (normal(5, 4), normal(5, 3))
+    artifact = slimkit.export(model, inputs, "torch", directory=tmp_path / "small")
+    torch.testing.assert_close(artifact.run(*inputs), model(*inputs))
+
+
+def test_the_given_model_is_untouched_by_export(tmp_path: Path) -> None:
+    model = conv_norm().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    slimkit.export(model, X, "torch", directory=tmp_path / "small")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+
+
+def test_data_that_the_model_disagrees_on_counts(tmp_path: Path) -> None:
+    artifact = slimkit.export(
+        conv_norm(),
+        X,
+        "torch",
+        directory=tmp_path / "small",
+        data=[(X, None), (X, None)],
+        batches=1,
+    )
+    assert artifact.row.agreement.inputs == 12
+
+
+def test_a_model_quantized_for_another_arithmetic_is_refused(tmp_path: Path) -> None:
+    model = quantized(conv_norm(), "ncnn")
+    with pytest.raises(ExportError, match=r"quantized for ncnn.*backend='onnxruntime'"):
+        slimkit.export(model, X, "onnxruntime", directory=tmp_path / "small")
+
+
+@pytest.mark.parametrize("model", [None, residual_net])
+def test_the_simulation_of_another_backend_cannot_be_loaded(exported, model) -> None:
+    with pytest.raises(ArtifactError, match="is quantized for torch, not for ncnn"):
+        slimkit.load(exported[0].directory, model, backend="ncnn")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (conv_norm, "was it built differently"),
+        (lambda: None, "must return an nn.Module, not NoneType"),
+        (lambda: nn.Sequential(residual_net()), "was it built differently"),
+        (pruned, "was the model built differently"),
+    ],
+)
+def test_another_model_is_refused(exported, model, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        slimkit.load(exported[0].directory, model)
+
+
+def test_an_unpruned_artifact_refuses_another_model(tmp_path: Path) -> None:
+    slimkit.export(conv_norm(), X, "torch", directory=tmp_path / "small")
+    with pytest.raises(ArtifactError, match="do not fit Net; was the model changed"):
+        slimkit.load(tmp_path / "small", residual_net)
+
+
+def test_a_damaged_weights_file_is_named(exported, tmp_path: Path) -> None:
+    folder = copied(exported[0], tmp_path)
+    (folder / "weights.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors was changed"):
+        slimkit.load(folder, residual_net)
+
+
+def test_weights_that_are_no_safetensors_are_named_even_with_the_right_hash(
+    exported, tmp_path: Path
+) -> None:
+    folder = copied(exported[0], tmp_path)
+    (folder / "weights.safetensors").write_bytes(b"\0" * 64)
+    manifest = json.loads((folder / "slimkit.json").read_text())
+    from slimkit.deploy.folder import sha256
+
+    manifest["files"]["weights.safetensors"] = sha256(folder / "weights.safetensors")
+    (folder / "slimkit.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors cannot be read"):
+        slimkit.load(folder, residual_net)
+
+
+def test_another_version_of_a_plugin_is_a_warning(exported, tmp_path: Path) -> None:
+    folder = copied(exported[0], tmp_path)
+    manifest = json.loads((folder / "slimkit.json").read_text())
+    manifest["plugins"][0]["version"] = "0.0.1"
+    (folder / "slimkit.json").write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="backend torch was slimkit 0.0.1"):
+        slimkit.load(folder, residual_net)
+
+
+def test_a_failed_export_leaves_the_old_artifact(exported, tmp_path: Path) -> None:
+    folder = copied(exported[0], tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    broken = Net(lambda net, x: net.a(x) if x.sum().item() > 0 else x, a=nn.Conv2d(3, 3, 1))
+    with pytest.raises(ExportError):
+        slimkit.export(broken, X, "torch", directory=folder)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+LOADS = """
+import pickle, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch_pruning", "pytorch_lightning", "onnxruntime", "ncnn"}:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch, slimkit
+import nets
+
+def refuse(*args, **kwargs):
+    raise AssertionError("pickle was used")
+
+pickle.load = pickle.loads = pickle.Unpickler = torch.load = refuse
+model = slimkit.load(sys.argv[1], nets.residual_net)
+x = nets.normal(6, 3, 8, 8, seed=3)
+print(model(x).double().sum().item())
+"""
+
+
+def test_a_fresh_process_loads_without_torch_pruning_and_without_pickle(exported) -> None:
+    artifact, model = exported
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOADS), str(artifact.directory)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(model(X).double().sum().item(), rel=1e-5)

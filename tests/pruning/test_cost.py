@@ -1,0 +1,100 @@
+"""Costs against the formulas on paper, and predictions against what is measured after cutting."""
+
+import copy
+
+import pytest
+import torch
+from models import PRUNABLE, conv, make
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from slimkit.pruning.cost import CostModel, macs, parameters
+from slimkit.pruning.prune import analyse
+from slimkit.pruning.removal import kept_positions, remove_
+
+# layer, shape of its input, MACs: output positions * weights (input positions where transposed)
+ON_PAPER = {
+    "linear": (nn.Linear(5, 3), (2, 5), 2 * 5 * 3),
+    "linear on a sequence": (nn.Linear(5, 3), (2, 7, 5), 2 * 7 * 5 * 3),
+    "conv1d": (nn.Conv1d(2, 3, 5), (1, 2, 9), 5 * 3 * 2 * 5),
+    "conv2d": (nn.Conv2d(2, 3, 3, padding=1), (2, 2, 4, 5), 2 * 20 * 3 * 2 * 9),
+    "conv2d with stride": (nn.Conv2d(2, 3, 3, stride=2, padding=1), (1, 2, 4, 6), 6 * 3 * 2 * 9),
+    "conv2d with groups": (nn.Conv2d(4, 6, 1, groups=2), (1, 4, 3, 3), 9 * 6 * 2),
+    "depthwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4), (1, 4, 5, 5), 25 * 4 * 9),
+    "conv3d": (nn.Conv3d(2, 3, 2), (1, 2, 3, 3, 3), 8 * 3 * 2 * 8),
+    "transposed": (nn.ConvTranspose2d(2, 3, 4, stride=2), (1, 2, 5, 5), 25 * 2 * 3 * 16),
+    "transposed 1d": (nn.ConvTranspose1d(2, 3, 4, stride=4), (1, 2, 5), 5 * 2 * 3 * 4),
+    "no batch": (nn.Conv2d(2, 3, 1), (2, 4, 5), 20 * 2 * 3),
+    "activation": (nn.ReLU(), (1, 5), 0),
+}
+
+
+@pytest.mark.parametrize("name", ON_PAPER)
+def test_macs_are_those_on_paper(name):
+    layer, shape, expected = ON_PAPER[name]
+    assert macs(layer, (torch.zeros(shape),)) == expected
+
+
+@pytest.mark.parametrize("name", ON_PAPER)
+def test_predicted_macs_of_the_dense_layer_are_those_on_paper(name):
+    layer, shape, expected = ON_PAPER[name]
+    cost = CostModel.of(layer, (torch.zeros(shape),))
+    assert (cost.predict({})[0], cost.fixed_macs) == (expected, 0)
+
+
+def test_parameters_count_tied_weights_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert parameters(model) == 16 + 4 + 4
+
+
+def halved(name):
+    """The model, its inputs, and the positions that every other channel of each group keeps."""
+    model, inputs = make(name)
+    groups = analyse(model, inputs).groups
+    return model, inputs, kept_positions((g, torch.arange(0, g.channels, 2)) for g in groups)
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_predicted_macs_of_a_cut_are_what_torch_counts_after_it(name):
+    model, inputs, kept = halved(name)
+    predicted, _ = CostModel.of(model, inputs).predict(kept)
+    remove_(model, kept)
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    assert predicted == counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_predicted_parameters_of_a_cut_are_what_is_left(name):
+    model, inputs, kept = halved(name)
+    _, predicted = CostModel.of(model, inputs).predict(kept)
+    remove_(model, kept)
+    assert predicted == sum(p.numel() for p in model.parameters())
+
+
+def test_macs_of_no_weight_stay_whatever_is_cut():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(4, 6, bias=False)
+
+        def forward(self, x):
+            return x @ x.transpose(1, 2) @ self.project(x)
+
+    cost = CostModel.of(Attention(), (torch.zeros(1, 3, 4),))
+    assert cost.predict({"project.weight": {0: [0]}})[0] == 3 * 3 * 4 + 3 * 3 * 6 + 3 * 4
+
+
+def test_weight_that_is_used_twice_costs_twice():
+    model, inputs = make("shared")
+    assert CostModel.of(model, inputs).macs_per_weight["twice.weight"] == 2 * 2 * 64
+
+
+@pytest.mark.parametrize("count", [macs, CostModel.of])
+def test_counting_leaves_the_model_as_it_was(count):
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4)).train()
+    before = copy.deepcopy(model.state_dict())
+    count(model, (torch.randn(2, 3, 8, 8),))
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert model.training

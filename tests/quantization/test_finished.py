@@ -1,0 +1,189 @@
+"""The finished model: batch-norm folded, weights integer, computed as on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from models import Net, conv
+from nets import INPUTS, TENSORS, Shifted, conv_norm, lively, normal, residual_net, simulated
+from torch import nn
+
+from slimkit.errors import ExportError
+from slimkit.interfaces import Grid
+from slimkit.quantization.finished import finish
+
+X = normal(1, 3, 8, 8, seed=5)
+
+
+def constants(program) -> dict[str, torch.Tensor]:
+    return dict(program.state_dict) | dict(program.constants)
+
+
+def operators(program) -> list[str]:
+    return [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+
+
+def with_gammas(*gammas: float, bias: bool = False) -> nn.Module:
+    net = lively(
+        nn.Sequential(nn.Conv2d(3, len(gammas), 3, bias=bias), nn.BatchNorm2d(len(gammas)))
+    )
+    net[1].weight.data = torch.tensor(gammas)
+    return net.eval()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_float_model_computes_the_same(bias: bool) -> None:
+    net = with_gammas(1.5, -0.7, 0.0, 1e-3, bias=bias)
+    program = finish(net, (X,)).program
+    torch.testing.assert_close(program.module()(X), net(X), rtol=1e-5, atol=1e-5)
+    assert not any("batch_norm" in name for name in operators(program))
+
+
+def test_batch_norm_behind_a_linear_layer_folds() -> None:
+    net = lively(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))).eval()
+    x = normal(1, 6)
+    program = finish(net, (x,)).program
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
+    assert not any("batch_norm" in name for name in operators(program))
+
+
+def test_batch_norm_does_not_fold_where_somebody_else_reads_the_convolution() -> None:
+    def flow(net, x):
+        y = net.a(x)
+        return net.bn(y) + y
+
+    net = lively(Net(flow, a=conv(3, 4), bn=nn.BatchNorm2d(4))).eval()
+    program = finish(net, (X,)).program
+    torch.testing.assert_close(program.module()(X), net(X), rtol=1e-5, atol=1e-5)
+    assert any("batch_norm" in name for name in operators(program))
+
+
+def test_batch_norm_folds_into_each_call_of_a_shared_convolution() -> None:
+    def flow(net, x):
+        return net.second(net.a(net.first(net.a(x))))
+
+    net = lively(Net(flow, a=conv(3, 3), first=nn.BatchNorm2d(3), second=nn.BatchNorm2d(3))).eval()
+    torch.testing.assert_close(finish(net, (X,)).program.module()(X), net(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", [INPUTS, TENSORS])
+@pytest.mark.parametrize("bias", [True, False])
+def test_program_computes_what_the_simulation_does_for_all_gammas(scheme, bias: bool) -> None:
+    net = with_gammas(1.5, -0.7, 0.0, 1e-3, bias=bias)
+    small = simulated(net, [X], scheme).eval()
+    out = finish(small, (X,)).program.module()(X)
+    torch.testing.assert_close(out, small(X), rtol=1e-4, atol=1e-4)
+
+
+def test_shift_of_an_all_but_silent_channel_survives_as_an_integer() -> None:
+    net = with_gammas(1e-9, 1e-20, 1.0)
+    net[1].bias.data = torch.tensor([1.0, -2.0, 0.5])
+    small = simulated(net, [X], TENSORS).eval()
+    out = finish(small, (X,)).program.module()(X)
+    torch.testing.assert_close(out, small(X), rtol=1e-4, atol=1e-4)
+
+
+def test_integers_of_the_program_are_numpys() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1))
+    small = simulated(net, [X], TENSORS).eval()
+    found = constants(finish(small, (X,)).program)
+    w = net[0].weight.detach().numpy().astype(np.float64)
+    x = X.numpy().astype(np.float64)
+    scale = np.abs(w).max((1, 2, 3)) / 127
+    step = (x.max() - x.min()) / 255
+    bias = np.rint(net[0].bias.detach().numpy() / (scale * step))
+    by_kind = {t.dtype: t.numpy() for t in found.values() if not t.is_floating_point()}
+    np.testing.assert_array_equal(
+        by_kind[torch.int8], np.rint(w / scale[:, None, None, None]).astype(np.int8)
+    )
+    assert np.abs(by_kind[torch.int32] - bias).max() <= 1  # float32 scales
+    assert np.abs(by_kind[torch.int8]).max() == 127
+
+
+def test_bias_scale_is_input_scale_times_weight_scale() -> None:
+    small = simulated(nn.Sequential(nn.Conv2d(3, 4, 1)), [X], TENSORS).eval()
+    found = constants(finish(small, (X,)).program)
+    (bias_scale,) = (t for name, t in found.items() if name.endswith("bias_scale"))
+    (scale,) = (t for name, t in found.items() if name.endswith("0_scale"))
+    (name,) = small.fake.sites.activations
+    assert torch.equal(bias_scale, scale * small.fake[name].qparams()[0])
+
+
+def test_bias_stays_float_where_the_scheme_has_no_integer_bias() -> None:
+    small = simulated(nn.Sequential(nn.Conv2d(3, 4, 1)), [X], INPUTS).eval()
+    kinds = {t.dtype for t in constants(finish(small, (X,)).program).values()}
+    assert torch.int32 not in kinds
+
+
+@pytest.mark.parametrize("make", [conv_norm, residual_net])
+def test_program_with_float_biases_equals_the_simulation(make) -> None:
+    small = simulated(make(), [normal(16, 3, 8, 8)], INPUTS).eval()
+    module = finish(small, (X,)).program.module()
+    images = normal(20, 3, 8, 8, seed=2).split(1)
+    differences = torch.cat([(module(x) - small(x)).abs().amax(1) for x in images])
+    assert differences.median() < 1e-5  # a tie that float rounding flips moves a few samples
+    assert differences.max() < 0.1
+
+
+@pytest.mark.parametrize("make", [conv_norm, residual_net])
+def test_program_with_integer_biases_is_near_the_simulation(make) -> None:
+    small = simulated(make(), [normal(16, 3, 8, 8)], TENSORS).eval()
+    module = finish(small, (X,)).program.module()
+    images = normal(20, 3, 8, 8, seed=2)
+    mine, theirs = torch.cat([module(x) for x in images.split(1)]), small(images)
+    noise = (mine - theirs).square().sum() / theirs.square().sum()
+    assert -10 * math.log10(noise.item()) > 30
+
+
+def test_rounding_between_convolution_and_batch_norm_is_not_folded_away() -> None:
+    scheme = dataclasses.replace(TENSORS, fuses=frozenset())
+    small = simulated(conv_norm(), [normal(16, 3, 8, 8)], scheme).eval()
+    assert "0:conv2d:0" in small.fake.sites.outputs
+    out = finish(small, (X,)).program.module()(X)
+    torch.testing.assert_close(out, small(X), rtol=1e-3, atol=1e-3)
+
+
+def test_grids_wider_than_8_bits_keep_their_integers() -> None:
+    scheme = dataclasses.replace(
+        INPUTS, activations=Grid(bits=16), weights=Grid(bits=12, per_channel=True)
+    )
+    small = simulated(nn.Sequential(nn.Conv2d(3, 4, 1)), [X], scheme).eval()
+    out = finish(small, (X,)).program.module()(X)
+    torch.testing.assert_close(out, small(X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", [INPUTS, TENSORS])
+def test_parameters_and_buffers_in_additions_go_through(scheme) -> None:
+    small = simulated(Shifted(), [X], scheme).eval()
+    out = finish(small, (X,)).program.module()(X)
+    torch.testing.assert_close(out, small(X), rtol=1e-3, atol=1e-3)
+
+
+def test_replaced_tensors_are_not_in_the_program() -> None:
+    net = conv_norm()
+    found = constants(finish(simulated(net, [X], TENSORS).eval(), (X,)).program)
+    largest_float = max(t.numel() for t in found.values() if t.is_floating_point())
+    assert largest_float <= 8  # scales; no float weight (216 and 640 values) is left
+    assert sum(t.numel() for t in found.values() if t.dtype == torch.int8) == 216 + 640
+
+
+def test_the_simulation_is_not_changed() -> None:
+    small = simulated(conv_norm(), [X], TENSORS).eval()
+    before, state = small(X), {k: v.clone() for k, v in small.state_dict().items()}
+    finish(small, (X,))
+    assert torch.equal(small(X), before)
+    assert all(torch.equal(v, state[k]) for k, v in small.state_dict().items())
+
+
+def test_a_forward_that_depends_on_values_cannot_be_exported() -> None:
+    def flow(net, x):
+        return net.a(x) if x.sum().item() > 0 else x
+
+    with pytest.raises(
+        ExportError, match=r"cannot write Net down.*values of its data"
+    ):
+        finish(Net(flow, a=conv(3, 3)), (X,))

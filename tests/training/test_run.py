@@ -1,0 +1,283 @@
+"""`slimkit run` as a user meets it: a fresh process, their own files, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+MODULE = """
+import os, time
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def net(classes=4):
+    return nn.Sequential(
+        nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48), nn.ReLU(),
+        nn.Conv2d(48, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes),
+    )
+
+
+class Slow(TensorDataset):
+    def __getitem__(self, index):
+        time.sleep(float(os.environ.get("SLEEP", "0")))
+        return super().__getitem__(index)
+
+
+class Data(LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(3)
+        labels = torch.arange(96) % 4
+        images = torch.randn(96, 3, 8, 8, generator=g)
+        images += 2 * torch.randn(4, 3, 1, 1, generator=g)[labels]
+        self.train, self.test = Slow(images[:64], labels[:64]), TensorDataset(images[64:], labels[64:])
+
+    def train_dataloader(self):
+        return DataLoader(self.train, 8, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.test, 32)
+
+
+class NoTraining(LightningDataModule):
+    def val_dataloader(self):
+        return Data().val_dataloader()
+
+
+class NoEvaluation(LightningDataModule):
+    def train_dataloader(self):
+        return Data().train_dataloader()
+
+
+class Empty(Data):
+    def train_dataloader(self):
+        return []
+
+
+class Breaking(Data):
+    def train_dataloader(self):
+        raise ValueError("no such folder: images/")
+
+
+def raising():
+    raise ValueError("no such backbone")
+
+
+def wrong():
+    return "a model"
+"""
+
+RECIPE = {
+    "model": "mine:net",
+    "data": "mine:Data",
+    "task": "classification",
+    "prune": {"criterion": "l1", "target": {"flops": 0.5}, "batchnorm_batches": 4},
+    "quantize": {"train_from": 0.7},
+    "export": ["onnxruntime"],
+    "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path):
+    return Project(tmp_path)
+
+
+class Project:
+    """A user's folder with a module and a recipe in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "mine.py").write_text(MODULE)
+
+    def write(self, **changes) -> None:
+        recipe = {k: v for k, v in {**RECIPE, **changes}.items() if v is not None}
+        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def command(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "slimkit", "run", "recipe.yaml", "-o", "small", *args]
+
+    def run(self, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*args),
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def manifest(self, name: str = "small") -> dict:
+        return json.loads((self.folder / name / "slimkit.json").read_text())
+
+    def tree(self, name: str = "small") -> dict[str, bytes]:
+        root = self.folder / name
+        return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_run_trains_exports_and_measures(project: Project) -> None:
+    project.write()
+    done = project.run("--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [row["stage"] for row in said["rows"]] == ["dense", "compressed", "int8"]
+    dense, _, int8 = said["rows"]
+    assert int8["macs"] <= 0.51 * dense["macs"]
+    assert said["metric"] == "val_accuracy"
+    assert said["directory"] == "small"
+    assert set(project.manifest()["files"]) == set(project.tree()) - {"slimkit.json"}
+    assert {"report.html", "recipe.yaml", "weights.safetensors"} <= set(project.tree())
+
+
+def test_no_epochs_prune_at_once_and_quantize_after(project: Project) -> None:
+    project.write()
+    done = project.run("--epochs", "0")
+    assert done.returncode == 0, done.stderr
+    assert "pruned at once to" in done.stderr
+    rows = project.manifest()["metrics"]["rows"]
+    assert [row["label"] for row in rows] == ["dense", "pruned", "int8, deployed"]
+
+
+def test_a_criterion_with_gradients_prunes_at_once(project: Project) -> None:
+    prune = {"criterion": "taylor", "target": {"flops": 0.5}}
+    project.write(prune=prune, quantize=None, trainer={"max_epochs": 0, "accelerator": "cpu"})
+    done = project.run()
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_same_recipe_and_seed_give_the_same_weights_ranges_and_metric(
+    project: Project,
+) -> None:
+    project.write()
+    assert project.run("-o", "one").returncode == 0
+    assert project.run("-o", "two").returncode == 0
+    one, two = project.manifest("one"), project.manifest("two")
+    assert one["pruning"]["kept"] == two["pruning"]["kept"]
+    name = "weights.safetensors"  # weights and ranges
+    assert one["files"][name] == two["files"][name]
+    metrics = [[row["metric"] for row in m["metrics"]["rows"]] for m in (one, two)]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_missed_gate_exits_with_3_and_leaves_the_last_good_artifact(project: Project) -> None:
+    project.write(trainer={"max_epochs": 0, "accelerator": "cpu"})
+    assert project.run().returncode == 0
+    good = project.tree()
+    project.write(trainer={"max_epochs": 0, "accelerator": "cpu"}, gates={"size_ratio": 0.001})
+    done = project.run("--json")
+    assert done.returncode == 3
+    assert "size_ratio: " in done.stderr
+    assert json.loads(done.stdout)["directory"] == "small.rejected"
+    assert project.tree() == good
+    assert project.manifest("small.rejected")["metrics"]["missed"]
+    assert sorted(p.name for p in project.folder.glob(".small*")) == []
+
+
+def test_a_killed_run_goes_on_with_the_same_command(project: Project) -> None:
+    project.write(trainer={"max_epochs": 4, "accelerator": "cpu"}, prune={**RECIPE["prune"]})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLEEP": "0.02"}
+    with subprocess.Popen(
+        project.command(), cwd=project.folder, env=environment, stderr=subprocess.DEVNULL
+    ) as process:
+        checkpoint = project.folder / "small.work" / "last.ckpt"
+        until = time.monotonic() + 60
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.3)  # into the next epoch
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoint.exists()
+    assert not (project.folder / "small").exists()
+    done = project.run()
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert "epoch 1/4" not in done.stderr
+    assert not checkpoint.exists()
+    resumed = project.manifest()["files"]["weights.safetensors"]
+    assert project.run("--fresh", "-o", "whole").returncode == 0
+    assert project.manifest("whole")["files"]["weights.safetensors"] == resumed
+
+
+def test_another_recipe_does_not_go_on_from_the_old_checkpoint(project: Project) -> None:
+    project.write(trainer={"max_epochs": 1, "accelerator": "cpu"})
+    work = project.folder / "small.work"
+    work.mkdir()
+    (work / "last.ckpt").write_bytes(b"of another recipe")
+    (work / "recipe.sha256").write_text("0" * 64)
+    done = project.run()
+    assert done.returncode == 0, done.stderr
+    assert "going on" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "the recipe names no model"),
+        ({"data": None}, "the recipe names no data"),
+        ({"model": "mine:nett"}, "has no 'nett'; did you mean 'net'"),
+        ({"model": "mine:raising"}, "mine:raising() failed: ValueError: no such backbone"),
+        ({"model": "mine:wrong"}, "must return a Module, but returned str"),
+        ({"data": "mine:net"}, "must return a LightningDataModule, but returned Sequential"),
+        ({"task": None}, "Sequential is no LightningModule"),
+        ({"weights": "none.pt"}, "there is no file 'none.pt'"),
+        ({"weights": "mine.py"}, "mine.py cannot be loaded into the model"),
+        ({"weights": "list.pt"}, "it holds a list, not a state dict"),
+        ({"weights": "other.pt"}, "Missing key"),
+        ({"weights": "text.safetensors"}, "text.safetensors cannot be loaded into the model"),
+        ({"data": "mine:NoTraining"}, "NoTraining has no train_dataloader"),
+        ({"data": "mine:NoEvaluation"}, "neither a test nor a validation loader"),
+        ({"data": "mine:Breaking"}, "ValueError: no such folder: images/"),
+        ({"metric": "val_acuracy"}, "logs no 'val_acuracy'; did you mean 'val_accuracy'"),
+        ({"trainer": {"max_epochs": 1, "devices": 999, "accelerator": "gpu"}}, "Lightning"),
+        ({"prune": {**RECIPE["prune"], "protect": ["nothing"]}}, "no layer of the model"),
+    ],
+)
+def test_bad_input_exits_with_2_and_says_what(project: Project, changes, message: str) -> None:
+    torch.save([1, 2], project.folder / "list.pt")
+    torch.save({"state_dict": {"weight": torch.ones(1)}}, project.folder / "other.pt")
+    (project.folder / "text.safetensors").write_text("no tensors here")
+    project.write(**changes)
+    done = project.run("--epochs", "0") if "trainer" not in changes else project.run()
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "bug in slimkit" not in done.stderr
+    assert not (project.folder / "small").exists()
+
+
+def test_empty_training_data_exits_with_2(project: Project) -> None:
+    project.write(data="mine:Empty", trainer={"max_epochs": 0, "accelerator": "cpu"})
+    done = project.run()
+    assert done.returncode == 2
+    assert "the training data is empty" in done.stderr
+
+
+def test_a_foreign_output_folder_is_refused_before_training(project: Project) -> None:
+    (project.folder / "small").mkdir()
+    (project.folder / "small" / "thesis.tex").write_text("important")
+    project.write()
+    done = project.run()
+    assert done.returncode == 2
+    assert "will not replace" in done.stderr
+    assert "epoch" not in done.stderr
+    assert project.tree() == {"thesis.tex": b"important"}
+
+
+def test_quiet_says_nothing_but_the_result(project: Project) -> None:
+    project.write(trainer={"max_epochs": 1, "accelerator": "cpu"})
+    done = project.run("--quiet", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    json.loads(done.stdout)
