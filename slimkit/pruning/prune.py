@@ -16,7 +16,8 @@ from slimkit.errors import PruningError, did_you_mean
 from slimkit.interfaces import Criterion
 from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import macs, parameters
-from slimkit.pruning.coupling import Coupling, find_groups
+from slimkit.pruning.coupling import Coupling, Group
+from slimkit.pruning.engines import Engine, find_groups
 from slimkit.pruning.removal import compose, kept_positions, remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
@@ -27,7 +28,12 @@ from slimkit.registry import discover
 CLOSE = 0.01  # of the dense cost: how near the measured figure must come to the target
 
 
-def analyse(model: nn.Module, inputs: tuple[Any, ...], protect: Sequence[str] = ()) -> Coupling:
+def analyse(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    protect: Sequence[str] = (),
+    engine: Engine = "export",
+) -> Coupling:
     """The groups of `model` that may be cut, each verified; the rest frozen with its reason.
 
     Raises:
@@ -40,7 +46,7 @@ def analyse(model: nn.Module, inputs: tuple[Any, ...], protect: Sequence[str] = 
         raise PruningError(f"{broken[0]} holds NaN or infinity; prune a model that works")
     if not finite(inputs):
         raise PruningError("example_inputs hold NaN or infinity")
-    coupling = find_groups(model, inputs)
+    coupling = find_groups(model, inputs, engine)
     names = [name for name, _ in model.named_modules() if name]
     frozen = dict(coupling.frozen)
     groups = list(coupling.groups)
@@ -49,11 +55,17 @@ def analyse(model: nn.Module, inputs: tuple[Any, ...], protect: Sequence[str] = 
             hint = did_you_mean(pattern, names)
             raise PruningError(f"protect: no layer of the model is called {pattern!r}{hint}")
         for group in list(groups):
-            inside = fnmatch.filter(group.layers, f"{pattern}.*")
-            if inside or fnmatch.filter([group.name, *group.layers], pattern):
+            makers = _makers(group)
+            if fnmatch.filter(makers, f"{pattern}.*") or fnmatch.filter(makers, pattern):
                 groups.remove(group)
                 frozen[group.name] = f"protected by {pattern!r}"
     return verified(model, Coupling(tuple(groups), frozen), inputs)
+
+
+def _makers(group: Group) -> list[str]:
+    """The layers whose own channels the group's are, not those that read them."""
+    made = [m.tensor.rpartition(".")[0] for m in group.members if m.role == "out"]
+    return list(dict.fromkeys([group.name, *made]))
 
 
 def cut_(
@@ -132,11 +144,12 @@ def prune(
     min_channels: int = 1,
     data_batches: int = 8,
     batchnorm_batches: int = 20,
+    engine: Engine = "export",
 ) -> nn.Module:
     """A pruned copy of `model`; the given model is not changed.
 
     Args:
-        model: any module that Torch-Pruning can trace.
+        model: any module that torch.export can write down.
         example_inputs: a tensor, or a tuple of the forward's arguments.
         criterion: a plugin's name (see ``slimkit list-plugins --kind criterion``), or an instance.
         target: exactly one of ``flops`` and ``params`` (the fraction that is left) or ``ratio``
@@ -151,6 +164,8 @@ def prune(
         min_channels: the fewest channels of a group.
         data_batches: batches for a criterion's gradients.
         batchnorm_batches: batches for batch-norm re-estimation; 0 turns it off.
+        engine: what finds coupled channels: ``export`` (slimkit's own analysis) or
+            ``torch-pruning``.
 
     Returns:
         The smaller module, of the same class; ``print(module.slimkit_pruning)`` says what went.
@@ -172,7 +187,7 @@ def prune(
     if isinstance(data, Iterator):  # it can be read once, but is needed twice
         data = list(islice(data, max(data_batches, batchnorm_batches)))
     small = copy.deepcopy(model)
-    coupling = analyse(small, inputs, protect)
+    coupling = analyse(small, inputs, protect, engine)
     if "gradient" in chosen.needs:
         if data is None:
             raise PruningError(

@@ -132,7 +132,7 @@ class PruningCallback(pl.Callback):
 
     def _analyse(self) -> None:
         network, inputs = self.module.network, self.module.state.example_inputs
-        coupling = analyse(network, inputs, self.recipe.protect)
+        coupling = analyse(network, inputs, self.recipe.protect, self.recipe.engine)
         if not coupling.groups:
             raise PruningError(
                 "nothing can be pruned: "

@@ -232,7 +232,7 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     criterion: Criterion = discover().create(
         "criterion", section.criterion.name, section.criterion.options
     )
-    coupling = analyse(network, inputs, section.protect)
+    coupling = analyse(network, inputs, section.protect, section.engine)
     if "gradient" in criterion.needs:
         step = module.inner.training_step
 

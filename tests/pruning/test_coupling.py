@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from slimkit.errors import PruningError
-from slimkit.pruning.coupling import find_groups
+from slimkit.pruning.engines import find_groups
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import make
 
-from slimkit.pruning.coupling import Coupling, find_groups
+from slimkit.pruning.coupling import Coupling
+from slimkit.pruning.engines import find_groups
 from slimkit.pruning.masks import Masks
 from slimkit.pruning.prune import analyse
 from slimkit.pruning.removal import kept_positions, remove_

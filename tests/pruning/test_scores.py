@@ -11,7 +11,7 @@ from slimkit.builtin.criteria.magnitude import L1
 from slimkit.builtin.criteria.taylor import Taylor
 from slimkit.errors import PruningError
 from slimkit.interfaces import Criterion
-from slimkit.pruning.coupling import find_groups
+from slimkit.pruning.engines import find_groups
 from slimkit.pruning.scores import group_scores, scores_over_batches
 
 IMAGE = torch.zeros(1, 3, 8, 8)

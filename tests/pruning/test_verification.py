@@ -8,7 +8,8 @@ import torch
 from models import PRUNABLE, Net, chunked, flipped, make
 from torch import nn
 
-from slimkit.pruning.coupling import Coupling, Group, find_groups
+from slimkit.pruning.coupling import Coupling, Group
+from slimkit.pruning.engines import find_groups
 from slimkit.pruning.verification import verified
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))

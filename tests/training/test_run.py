@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from slimkit.cli.main import main
 
 MODULE = """
 import os, time
@@ -43,7 +46,8 @@ class Data(LightningDataModule):
         labels = torch.arange(96) % 4
         images = torch.randn(96, 3, 8, 8, generator=g)
         images += 2 * torch.randn(4, 3, 1, 1, generator=g)[labels]
-        self.train, self.test = Slow(images[:64], labels[:64]), TensorDataset(images[64:], labels[64:])
+        self.train = Slow(images[:64], labels[:64])
+        self.test = TensorDataset(images[64:], labels[64:])
 
     def train_dataloader(self):
         return DataLoader(self.train, 8, shuffle=True)
@@ -91,16 +95,28 @@ RECIPE = {
 }
 
 
+@dataclass
+class Done:
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def project(tmp_path: Path):
-    return Project(tmp_path)
+def project(tmp_path: Path, monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a process of its own, to the last bit
+    yield Project(tmp_path, monkeypatch, capsys)
+    torch.set_num_threads(threads)
 
 
 class Project:
     """A user's folder with a module and a recipe in it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, monkeypatch, capsys) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
         (folder / "mine.py").write_text(MODULE)
 
     def write(self, **changes) -> None:
@@ -119,6 +135,19 @@ class Project:
             text=True,
             timeout=120,
         )
+
+    def here(self, *args: str) -> Done:
+        """The same without the seconds that a new process takes to import torch."""
+        with self.monkeypatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.syspath_prepend(self.folder)
+            patch.setattr(sys, "argv", ["slimkit", *self.command(*args)[3:]])
+            sys.modules.pop("mine", None)
+            self.capsys.readouterr()
+            with pytest.raises(SystemExit) as exit:
+                main()
+        said = self.capsys.readouterr()
+        return Done(exit.value.code or 0, said.out, said.err)
 
     def manifest(self, name: str = "small") -> dict:
         return json.loads((self.folder / name / "slimkit.json").read_text())
@@ -144,7 +173,7 @@ def test_a_run_trains_exports_and_measures(project: Project) -> None:
 
 def test_no_epochs_prune_at_once_and_quantize_after(project: Project) -> None:
     project.write()
-    done = project.run("--epochs", "0")
+    done = project.here("--epochs", "0")
     assert done.returncode == 0, done.stderr
     assert "pruned at once to" in done.stderr
     rows = project.manifest()["metrics"]["rows"]
@@ -154,7 +183,7 @@ def test_no_epochs_prune_at_once_and_quantize_after(project: Project) -> None:
 def test_a_criterion_with_gradients_prunes_at_once(project: Project) -> None:
     prune = {"criterion": "taylor", "target": {"flops": 0.5}}
     project.write(prune=prune, quantize=None, trainer={"max_epochs": 0, "accelerator": "cpu"})
-    done = project.run()
+    done = project.here()
     assert done.returncode == 0, done.stderr
 
 
@@ -162,8 +191,8 @@ def test_the_same_recipe_and_seed_give_the_same_weights_ranges_and_metric(
     project: Project,
 ) -> None:
     project.write()
-    assert project.run("-o", "one").returncode == 0
-    assert project.run("-o", "two").returncode == 0
+    assert project.here("-o", "one").returncode == 0
+    assert project.here("-o", "two").returncode == 0
     one, two = project.manifest("one"), project.manifest("two")
     assert one["pruning"]["kept"] == two["pruning"]["kept"]
     name = "weights.safetensors"  # weights and ranges
@@ -174,10 +203,10 @@ def test_the_same_recipe_and_seed_give_the_same_weights_ranges_and_metric(
 
 def test_a_missed_gate_exits_with_3_and_leaves_the_last_good_artifact(project: Project) -> None:
     project.write(trainer={"max_epochs": 0, "accelerator": "cpu"})
-    assert project.run().returncode == 0
+    assert project.here().returncode == 0
     good = project.tree()
     project.write(trainer={"max_epochs": 0, "accelerator": "cpu"}, gates={"size_ratio": 0.001})
-    done = project.run("--json")
+    done = project.here("--json")
     assert done.returncode == 3
     assert "size_ratio: " in done.stderr
     assert json.loads(done.stdout)["directory"] == "small.rejected"
@@ -207,7 +236,7 @@ def test_a_killed_run_goes_on_with_the_same_command(project: Project) -> None:
     assert "epoch 1/4" not in done.stderr
     assert not checkpoint.exists()
     resumed = project.manifest()["files"]["weights.safetensors"]
-    assert project.run("--fresh", "-o", "whole").returncode == 0
+    assert project.here("--fresh", "-o", "whole").returncode == 0
     assert project.manifest("whole")["files"]["weights.safetensors"] == resumed
 
 
@@ -217,7 +246,7 @@ def test_another_recipe_does_not_go_on_from_the_old_checkpoint(project: Project)
     work.mkdir()
     (work / "last.ckpt").write_bytes(b"of another recipe")
     (work / "recipe.sha256").write_text("0" * 64)
-    done = project.run()
+    done = project.here()
     assert done.returncode == 0, done.stderr
     assert "going on" not in done.stderr
 
@@ -250,7 +279,7 @@ def test_bad_input_exits_with_2_and_says_what(project: Project, changes, message
     torch.save({"state_dict": {"weight": torch.ones(1)}}, project.folder / "other.pt")
     (project.folder / "text.safetensors").write_text("no tensors here")
     project.write(**changes)
-    done = project.run("--epochs", "0") if "trainer" not in changes else project.run()
+    done = project.here("--epochs", "0") if "trainer" not in changes else project.here()
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "bug in slimkit" not in done.stderr
@@ -259,7 +288,7 @@ def test_bad_input_exits_with_2_and_says_what(project: Project, changes, message
 
 def test_empty_training_data_exits_with_2(project: Project) -> None:
     project.write(data="mine:Empty", trainer={"max_epochs": 0, "accelerator": "cpu"})
-    done = project.run()
+    done = project.here()
     assert done.returncode == 2
     assert "the training data is empty" in done.stderr
 
@@ -268,7 +297,7 @@ def test_a_foreign_output_folder_is_refused_before_training(project: Project) ->
     (project.folder / "small").mkdir()
     (project.folder / "small" / "thesis.tex").write_text("important")
     project.write()
-    done = project.run()
+    done = project.here()
     assert done.returncode == 2
     assert "will not replace" in done.stderr
     assert "epoch" not in done.stderr
@@ -277,7 +306,7 @@ def test_a_foreign_output_folder_is_refused_before_training(project: Project) ->
 
 def test_quiet_says_nothing_but_the_result(project: Project) -> None:
     project.write(trainer={"max_epochs": 1, "accelerator": "cpu"})
-    done = project.run("--quiet", "--json")
+    done = project.here("--quiet", "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     json.loads(done.stdout)

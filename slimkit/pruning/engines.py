@@ -1,0 +1,40 @@
+"""Chooses the engine that finds coupled channels."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from slimkit.errors import PruningError
+from slimkit.pruning.coupling import Coupling
+
+Engine = Literal["export", "torch-pruning"]
+
+
+def find_groups(
+    model: nn.Module, example_inputs: tuple[Any, ...], engine: Engine = "export"
+) -> Coupling:
+    """List the groups of coupled channels of `model`, which is not changed.
+
+    Groups are disjoint and in the order in which the model lists its layers. What cannot be removed
+    is left out with its reason.
+
+    Args:
+        model: the model.
+        example_inputs: the forward's arguments.
+        engine: ``export``, slimkit's own analysis of the graph of torch.export; or
+            ``torch-pruning``, Torch-Pruning's dependency graph, which traces autograd.
+
+    Raises:
+        PruningError: the engine is unknown or cannot trace the model.
+    """
+    if engine == "export":
+        from slimkit.pruning.exported import groups_by_export
+
+        return groups_by_export(model, example_inputs)
+    if engine == "torch-pruning":
+        from slimkit.pruning.dependency_graph import groups_by_dependency_graph
+
+        return groups_by_dependency_graph(model, example_inputs)
+    raise PruningError(f"engine must be 'export' or 'torch-pruning', not {engine!r}")
