@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,18 @@ class Deployed:
         for start in range(0, size, self._batch):
             part = [t[start : start + self._batch].contiguous() for t in tensors]
             pieces.append([t.detach().cpu() for t in self.runner(*part)])
-        return [torch.cat(column) for column in zip(*pieces, strict=True)]
+        return [_joined(column, self._batch) for column in zip(*pieces, strict=True)]
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's outputs, in its own structure."""
         return self._rebuild(self.flat(*inputs))
+
+
+def _joined(pieces: Sequence[Tensor], batch: int) -> Tensor:
+    """One output of all samples; one that has no batch dimension is the same for all."""
+    if pieces[0].dim() and pieces[0].shape[0] == batch:
+        return torch.cat(list(pieces))
+    return pieces[0]
 
 
 def compile_(
