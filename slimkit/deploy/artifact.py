@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from slimkit.copies import copied
 from slimkit.deploy.folder import read_manifest, write_manifest
 from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.importing import build
@@ -176,7 +176,7 @@ def _network(
     content: Mapping[str, Any], model: Callable[[], nn.Module] | nn.Module | None
 ) -> nn.Module | None:
     if isinstance(model, nn.Module):
-        return copy.deepcopy(model).cpu()
+        return copied(model).cpu()
     if model is not None:
         made = model()
         if not isinstance(made, nn.Module):

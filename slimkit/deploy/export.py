@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from slimkit.batches import as_inputs, first_sample, inputs_of, to_cpu
+from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.deployed import Deployed, open_
 from slimkit.deploy.folder import check_target, replacing
@@ -110,7 +110,7 @@ def export(
             f"the model was quantized for {model.backend}, whose arithmetic is not {name}'s; "
             f"call slimkit.quantize(model, data, backend={name!r})"
         )
-    own = copy.deepcopy(model).cpu().eval()
+    own = copied(model).cpu().eval()
     network = own.model if isinstance(own, QuantizedModel) else own
     compared = [inputs]
     if data is not None:

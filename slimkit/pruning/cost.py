@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimkit.calls import WEIGHTED, CallMode
+from slimkit.copies import copied
 from slimkit.pruning.removal import Kept
 
 
@@ -22,7 +22,7 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
 
     Convolutions, linear layers and matrix products count; additions and activations do not.
     """
-    probe = copy.deepcopy(model).eval()
+    probe = copied(model).eval()
     with FlopCounterMode(display=False) as counter:
         probe(*example_inputs)
     return int(counter.get_total_flops()) // 2
@@ -77,7 +77,7 @@ class CostModel:
     def of(cls, model: nn.Module, example_inputs: tuple[Any, ...]) -> CostModel:
         """Measure `model` once."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        probe = copy.deepcopy(model).eval()
+        probe = copied(model).eval()
         counter = _Uses(probe)
         with counter:
             probe(*example_inputs)

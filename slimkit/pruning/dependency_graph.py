@@ -6,7 +6,6 @@ and channel numbers only.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from slimkit.copies import copied
 from slimkit.errors import PruningError
 from slimkit.pruning.coupling import Coupling, Group, Member, Role
 
@@ -31,7 +31,7 @@ def groups_by_dependency_graph(model: nn.Module, example_inputs: tuple[Any, ...]
     Raises:
         PruningError: the model cannot be traced.
     """
-    probe = copy.deepcopy(model).eval()
+    probe = copied(model).eval()
     for parameter in probe.parameters():
         parameter.requires_grad_(True)
     graph = tp.DependencyGraph()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
+from slimkit.copies import copied
 from slimkit.errors import PruningError
 from slimkit.pruning import rules_layers, rules_moves, rules_values
 from slimkit.pruning.coupling import Coupling, Group, Member, Role
@@ -27,7 +27,7 @@ def groups_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupl
     Raises:
         PruningError: torch.export cannot write the model down.
     """
-    probe = copy.deepcopy(model).eval()
+    probe = copied(model).eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

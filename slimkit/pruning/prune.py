@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.batches import as_inputs, finite, inputs_of
+from slimkit.copies import copied
 from slimkit.errors import PruningError, did_you_mean
 from slimkit.interfaces import Criterion
 from slimkit.pruning.batchnorm import reestimate_
@@ -114,7 +114,7 @@ def cut_to_target_(
     aim = target
     for _ in range(4):
         choice = selector.choose(scores, aim)
-        probe = copy.deepcopy(model)
+        probe = copied(model)
         report = cut_(probe, coupling, choice.kept, inputs)
         if target.measure == "ratio":
             break
@@ -186,7 +186,7 @@ def prune(
     chosen = discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
     if isinstance(data, Iterator):  # it can be read once, but is needed twice
         data = list(islice(data, max(data_batches, batchnorm_batches)))
-    small = copy.deepcopy(model)
+    small = copied(model)
     coupling = analyse(small, inputs, protect, engine)
     if "gradient" in chosen.needs:
         if data is None:

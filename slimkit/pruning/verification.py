@@ -7,7 +7,6 @@ consistently in all coupled tensors leaves the output unchanged.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.calls import map_tensors
+from slimkit.copies import copied
 from slimkit.interfaces import tensors_of
 from slimkit.pruning.coupling import Coupling, Group, Member
 from slimkit.pruning.removal import kept_positions, remove_
@@ -78,7 +78,7 @@ def _failure(model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...])
     ):
         reason = _difference(model, list(zip(groups, stay, strict=True)), inputs)
         if reason == OTHERWISE:
-            original = tensors_of(copy.deepcopy(model).eval()(*inputs))
+            original = tensors_of(copied(model).eval()(*inputs))
             return "" if _same(original, _permuted(model, groups, inputs)) else reason
         if reason:
             return reason
@@ -89,7 +89,7 @@ def _difference(
     model: nn.Module, kept: Sequence[tuple[Group, Tensor]], inputs: tuple[Any, ...]
 ) -> str:
     """How removing all channels but `kept` differs from zeroing them; empty if it does not."""
-    zeroed, removed = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
+    zeroed, removed = copied(model).eval(), copied(model).eval()
     for group, stay in kept:
         _zero_(zeroed, group, stay)
     try:
@@ -119,7 +119,7 @@ def _zero_(model: nn.Module, group: Group, stay: Tensor) -> None:
 def _permuted(model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...]) -> list[Tensor]:
     """The outputs after permuting the channels of all groups in all their tensors."""
     generator = torch.Generator().manual_seed(1)
-    probe = copy.deepcopy(model).eval()
+    probe = copied(model).eval()
     tensors = dict(probe.named_parameters(remove_duplicate=False)) | dict(probe.named_buffers())
     for group in groups:
         order = torch.randperm(group.channels, generator=generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from slimkit.batches import finite, inputs_of
+from slimkit.copies import copied
 from slimkit.errors import QuantizationError, SlimkitError
 from slimkit.interfaces import Backend, Grid, Quantizer, tensors_of
 from slimkit.progress import track
@@ -121,7 +121,7 @@ def quantize(
     """
     name = backend if isinstance(backend, str) else type(backend).__name__
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
-    own = copy.deepcopy(model)
+    own = copied(model)
     kept = list(islice(iter(data), batches))
     if not kept:
         raise QuantizationError("the calibration data is empty: it gave no batch")

@@ -8,7 +8,6 @@ constant changes its scale and, where the constant is negative, the sign of its 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch.ao.quantization.fx._decomposed  # registers the quantized_decompose
 from torch import Tensor, nn
 
 from slimkit.calls import WEIGHTED, Call, Trace, trace
+from slimkit.copies import copied
 from slimkit.errors import ExportError, QuantizationError
 from slimkit.interfaces import Deployable, Grid
 from slimkit.quantization.fake import FakeQuantization, QuantizedModel
@@ -42,8 +42,8 @@ def finish(model: nn.Module, example_inputs: tuple[Any, ...]) -> Deployable:
         ExportError: torch.export cannot write the model down.
     """
     fake = model.fake if isinstance(model, QuantizedModel) else None
-    own = copy.deepcopy(model.model if isinstance(model, QuantizedModel) else model)
-    module = _Finished(own.cpu().eval(), copy.deepcopy(fake), example_inputs)
+    own = copied(model.model if isinstance(model, QuantizedModel) else model)
+    module = _Finished(own.cpu().eval(), copied(fake) if fake is not None else None, example_inputs)
     try:
         with torch.no_grad():
             program = torch.export.export(module.eval(), example_inputs, strict=False)

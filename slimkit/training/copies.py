@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 import pytorch_lightning as pl
 from torch import nn
+
+from slimkit.copies import copied
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def own_copy(module: M) -> M:
     """A deep copy; a LightningModule's copy knows no trainer and looks its metrics up anew."""
-    copied = copy.deepcopy(module)
-    for part in copied.modules():
+    own = copied(module)
+    for part in own.modules():
         if isinstance(part, pl.LightningModule):
             part.trainer = None
             part._metric_attributes = None  # a cache by identity, wrong for the copy
-    return copied
+    return own

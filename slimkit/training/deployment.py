@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from slimkit.batches import first_sample, inputs_of, to_cpu
+from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.folder import check_target, move, replacing
 from slimkit.deploy.gates import missed
@@ -206,7 +206,7 @@ def _quantized(
     for name, backend in backends.items():
         trained = module.fake
         if trained is not None and trained.state == "quantize" and trained.scheme == backend.scheme:
-            fake = copy.deepcopy(trained).cpu()
+            fake = copied(trained).cpu()
             result[name] = QuantizedModel(network, fake, name, (weights, activations)).eval()
             continue
         made = quantize(
