@@ -20,6 +20,8 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from slimkit.evaluating import evaluating
+
 _SAME = {
     "concat": "cat",
     "concatenate": "cat",
@@ -190,19 +192,13 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> Trace:
 
     The model's training flags are restored and nothing else of it changes.
     """
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        recorder = _Recorder(model)
-        with torch.no_grad(), recorder:
-            numbers = [recorder.number(t) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-            out = model(*inputs)
-            recorder.trace.inputs = tuple(numbers)
-            leaves = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-            recorder.trace.outputs = frozenset(recorder.number(t) for t in leaves)
-    finally:
-        for module, training in flags.items():
-            module.training = training
+    recorder = _Recorder(model)
+    with evaluating(model), torch.no_grad(), recorder:
+        numbers = [recorder.number(t) for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+        out = model(*inputs)
+        recorder.trace.inputs = tuple(numbers)
+        leaves = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        recorder.trace.outputs = frozenset(recorder.number(t) for t in leaves)
     return recorder.trace
 
 

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from slimkit.batches import first_sample
 from slimkit.errors import ExportError
+from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, Deployable, Runner, tensors_of
-from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import finish
 
 
@@ -120,15 +120,5 @@ def temporary(parent: Path | None = None) -> Path:
 @torch.no_grad()
 def simulate(model: nn.Module, *inputs: Any) -> list[Tensor]:
     """Flat outputs of the float model or the simulation, in evaluation mode, as one batch."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         return tensors_of(model(*inputs))
-    finally:
-        for module, training in flags.items():
-            module.training = training
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether `model` simulates integers."""
-    return isinstance(model, QuantizedModel)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.batches import inputs_of
+from slimkit.evaluating import evaluating
 
 
 @torch.no_grad()
@@ -24,23 +25,20 @@ def reestimate_(model: nn.Module, batches: Iterable[Any], count: int) -> int:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms or count == 0:
         return 0
-    flags = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: {k: b.clone() for k, b in norm.named_buffers()} for norm in norms}
-    model.eval()
     used, done = 0, False
     try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
-            norm.train()
-        for batch in islice(batches, count):
-            model(*inputs_of(batch, model))
-            used += 1
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average over the batches
+                norm.train()
+            for batch in islice(batches, count):
+                model(*inputs_of(batch, model))
+                used += 1
         done = used > 0
     finally:
-        for module, training in flags.items():
-            module.training = training
         for norm, momentum in momenta.items():
             norm.momentum = momentum
             if not (done and norm.num_batches_tracked):

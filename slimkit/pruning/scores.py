@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import PruningError
+from slimkit.evaluating import evaluating
 from slimkit.interfaces import Criterion, Layer
 from slimkit.pruning.coupling import Coupling
 
@@ -102,18 +103,14 @@ def scores_over_batches(
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and nothing frozen inside; flags and gradients as before afterwards."""
-    flags = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    model.eval()
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             yield
     finally:
-        for module, training in flags.items():
-            module.training = training
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for parameter in frozen:

@@ -14,6 +14,7 @@ from torch import nn
 from slimkit.batches import finite, inputs_of
 from slimkit.copies import copied
 from slimkit.errors import QuantizationError, SlimkitError
+from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, Grid, Quantizer, tensors_of
 from slimkit.progress import track
 from slimkit.quantization.fake import Choice, FakeQuantization, Maker, QuantizedModel
@@ -41,8 +42,6 @@ def calibrate_(
         QuantizationError: no batch, one that the model does not take, or NaN or infinity in the
             data or inside the model.
     """
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
     fake.state = "observe"
     used = 0
     try:
@@ -50,13 +49,11 @@ def calibrate_(
             inputs = inputs_of(batch, model)
             if not finite(inputs):
                 raise QuantizationError(f"calibration batch {used} holds NaN or infinity")
-            with _running(used, inputs), fake.active(model):
+            with evaluating(model), _running(used, inputs), fake.active(model):
                 model(*inputs)
             used += 1
     finally:
         fake.state = "float"
-        for module, training in flags.items():
-            module.training = training
     if not used:
         raise QuantizationError("the calibration data is empty: it gave no batch")
     for name in fake.sites.activations:
