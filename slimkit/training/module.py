@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.core.hooks import CheckpointHooks, DataHooks, ModelHooks
@@ -26,6 +26,9 @@ from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
 from slimkit.training.pruning import PruningCallback
 from slimkit.training.quantization import QuantizationCallback
+
+if TYPE_CHECKING:
+    from slimkit.training.deployment import Release
 
 _OWN = {"setup", "configure_optimizers", "on_save_checkpoint", "on_load_checkpoint"}
 
@@ -214,6 +217,8 @@ class SlimModule(pl.LightningModule):
         @functools.wraps(step)
         def train(*args: Any, **kwargs: Any) -> Any:
             simulated = self._simulated(step)
+            if self.recipe.prune is not None:
+                self.log("slimkit/macs_left", self.state.macs_left)
             if not self._distillation:
                 return simulated(*args, **kwargs)
             distillation = self._distillation[0]
@@ -229,7 +234,6 @@ class SlimModule(pl.LightningModule):
                 self.log(f"distill/{name}", value.detach())
                 total = total + value
             self.state.distilled = True
-            self.log("slimkit/macs_left", self.state.macs_left)
             return {**output, "loss": total} if isinstance(output, Mapping) else total
 
         return train
@@ -266,7 +270,7 @@ class SlimModule(pl.LightningModule):
                 raise
             return getattr(inner, name)
 
-    def export(self, directory: str | Path, datamodule: Any = None, **options: Any) -> Any:
+    def export(self, directory: str | Path, datamodule: Any = None) -> Release:
         """Deploy the network with every backend of the recipe and write the artifact.
 
         See `slimkit.training.deployment.deploy` for what is measured and returned.
@@ -274,7 +278,6 @@ class SlimModule(pl.LightningModule):
         Args:
             directory: the artifact's folder.
             datamodule: data to calibrate, compare and evaluate on; left out, the trainer's.
-            options: passed on.
         """
         from slimkit.training.deployment import deploy
 
@@ -282,7 +285,7 @@ class SlimModule(pl.LightningModule):
             datamodule = self.trainer.datamodule or self.trainer  # type: ignore[attr-defined]
         if datamodule is None:
             raise SlimkitError("export needs data to compare on: pass your datamodule")
-        return deploy(self, datamodule, Path(directory), **options)
+        return deploy(self, datamodule, Path(directory))
 
 
 def _announce(line: str) -> None:
