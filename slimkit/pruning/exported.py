@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from slimkit.copies import copied
 from slimkit.errors import PruningError
 from slimkit.pruning import rules_layers, rules_moves, rules_values
 from slimkit.pruning.coupling import Coupling, Group, Member, Role
-from slimkit.pruning.identities import Identities, Ids
-from slimkit.pruning.propagation import Propagation, tensors_of_value
+from slimkit.pruning.identities import FIXED, Identities
+from slimkit.pruning.propagation import Place, Propagation, tensors_of_value
+from slimkit.pruning.removal import tensors_by_name
 
 
 def groups_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupling:
@@ -39,88 +40,85 @@ def groups_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupl
             f"{type(error).__name__}: {first} - check that model(*example_inputs) runs in "
             "evaluation mode and that its forward does not depend on the values of its data"
         ) from error
-    identities = Identities()
     walk = Propagation(
-        identities, {**rules_values.RULES, **rules_moves.RULES, **rules_layers.RULES}
+        Identities(), {**rules_values.RULES, **rules_moves.RULES, **rules_layers.RULES}
     )
-    state: dict[str, list[Ids]] = {}
+    tensors = tensors_by_name(probe)
+    owners = {id(tensor): name for name, tensor in reversed(tensors.items())}
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            _enter(node, kinds[node.name], walk, state)
+            name = kinds[node.name].target
+            _enter(walk, node, kinds[node.name], owners.get(id(tensors.get(name))))
         elif node.op == "call_function":
             walk.call(node)
         elif node.op == "output":
             for source in node.all_input_nodes:
                 for dims in tensors_of_value(walk.value(source)):
-                    for dim in dims:
-                        identities.freeze(dim, "its channels are the model's output")
-    return _grouped(identities, walk, state, [name for name, _ in model.named_modules()])
+                    walk.freeze(dims, "its channels are the model's output")
+    return _grouped(walk, tensors)
 
 
-def _enter(node: fx.Node, spec: Any, walk: Propagation, state: dict[str, list[Ids]]) -> None:
+def _enter(walk: Propagation, node: fx.Node, spec: Any, tied: str | None) -> None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return
     shape = [int(size) for size in value.shape]
-    tracked = (InputKind.PARAMETER, InputKind.BUFFER)
-    if spec.kind in tracked and spec.target is not None:
-        state[spec.target] = walk.state(node, spec.target, shape)
+    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None:
+        walk.state(node, spec.target, shape, tied)
     else:
         walk.argument(node, shape)
 
 
-def _grouped(
-    identities: Identities, walk: Propagation, state: dict[str, list[Ids]], order: list[str]
-) -> Coupling:
+def _grouped(walk: Propagation, tensors: dict[str, Tensor]) -> Coupling:
     """Put channels that are made side by side into one group."""
-    labels, reasons = identities.resolve()
+    order = {name: position for position, name in enumerate(tensors)}
+    labels, reasons = walk.ids.resolve()
     stays = np.zeros(len(labels), dtype=bool)
-    stays[0] = True
-    stays[list(reasons)] = True
-    makers = sorted(
-        walk.makes,
-        key=lambda m: (
-            order.index(m[0].rpartition(".")[0]) if m[0].rpartition(".")[0] in order else 0
-        ),
-    )
-    made = {maker: labels[state[maker[0]][maker[1]]] for maker in makers if maker[0] in state}
+    stays[[FIXED, *reasons]] = True
+    places = sorted(walk.makes, key=lambda place: (order[place[0]], place[1]))
+    made = {(tensor, d): labels[walk.tensors[tensor][d]] for tensor, d in places}
     together = Identities()
     together.new(len(labels) - 1)
     for roots in made.values():
         free = roots[~stays[roots]]
-        if len(free) > 1:
-            together.tie(free[:-1], free[1:], "")
+        together.tie(free[:-1], free[1:], "")
     group_of, _ = together.resolve()
+    numbers: dict[int, dict[int, int]] = {}  # group -> identity -> channel
+    names: dict[int, str] = {}
     frozen: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for (tensor, _), roots in made.items():
-        layer = tensor.rpartition(".")[0] or tensor
-        free = roots[~stays[roots]]
-        if not free.size:
+    for place, roots in made.items():
+        free = roots[~stays[roots]].tolist()
+        if free:
+            key = int(group_of[free[0]])
+            if key not in names:
+                names[key] = _name(place, [*names.values()])
+            numbering = numbers.setdefault(key, {})
+            for root in free:
+                numbering.setdefault(root, len(numbering))
+    for place, roots in made.items():
+        if stays[roots].all() and isinstance(tensors[place[0]], nn.Parameter):
             why = next((reasons[r] for r in roots.tolist() if r in reasons), "it is fixed")
-            frozen.setdefault(layer, why)
-        for key in np.unique(group_of[free]).tolist():
-            first.setdefault(key, layer)
-    members: dict[int, list[Member]] = {key: [] for key in first}
-    numbers: dict[int, dict[int, int]] = {key: {} for key in first}
-    for (_, _), roots in made.items():
-        for root in roots[~stays[roots]].tolist():
-            numbering = numbers[int(group_of[root])]
-            numbering.setdefault(root, len(numbering))
-    for tensor, dims in state.items():
+            frozen.setdefault(_name(place, [*names.values()]), why)
+    members: dict[int, list[Member]] = {key: [] for key in names}
+    for tensor, dims in walk.tensors.items():
         for d, dim in enumerate(dims):
             roots = labels[dim]
             for key in np.unique(group_of[roots[~stays[roots]]]).tolist():
-                if key not in numbers:
-                    continue
-                channel = torch.tensor([numbers[key].get(r, -1) for r in roots.tolist()])
-                role: Role = "in" if (tensor, d) in walk.reads else "out"
-                norm = walk.norms.get(tensor, "").rpartition(".")[0]
-                members[key].append(Member(tensor, d, role, channel, norm))
-    groups = [
-        Group(first[key], len(numbers[key]), tuple(members[key]))
-        for key in first
-        if len(numbers[key]) > 1
-    ]
+                if key in names:
+                    channel = torch.tensor([numbers[key].get(r, -1) for r in roots.tolist()])
+                    role: Role = "in" if (tensor, d) in walk.reads - walk.makes else "out"
+                    norm = walk.norms.get(tensor, "")
+                    members[key].append(Member(tensor, d, role, channel, norm))
+    for key in [key for key in names if len(numbers[key]) == 1]:
+        frozen[names.pop(key)] = "it has a single channel"
+    groups = [Group(name, len(numbers[key]), tuple(members[key])) for key, name in names.items()]
     return Coupling(tuple(groups), frozen)
+
+
+def _name(place: Place, taken: list[str]) -> str:
+    """The layer; if it makes several groups, the tensor, and then with its dimension."""
+    tensor, d = place
+    layer = tensor.rpartition(".")[0]
+    names = (layer or tensor, tensor, f"{tensor}:{d}")
+    return next((name for name in names if name not in taken), names[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,21 +19,23 @@ class Identities:
     """Hands out identities, remembers which are tied together, and why some must stay."""
 
     def __init__(self) -> None:
-        self._count = 1  # 0 is FIXED
+        self.count = 1  # identities so far; 0 is FIXED
         self._left: list[Ids] = []
         self._right: list[Ids] = []
         self._frozen: list[tuple[Ids, str]] = []
+        self._merged: dict[tuple[bytes, ...], tuple[Ids, list[Ids], str]] = {}
 
     def new(self, size: int) -> Ids:
         """`size` identities that nobody has yet."""
-        ids = np.arange(self._count, self._count + size, dtype=np.int64)
-        self._count += size
+        ids = np.arange(self.count, self.count + size, dtype=np.int64)
+        self.count += size
         return ids
 
     def tie(self, a: Ids, b: Ids, why: str) -> Ids:
         """Make two dimensions one, position by position, and give the one that says more.
 
-        A channel that meets a fixed position must stay, with `why` as the reason.
+        A channel that meets a fixed position must stay, with `why` as the reason. Of two names of
+        one channel the older is given, which is a parameter's rather than a buffer's.
         """
         if a is b or (len(a) == len(b) and np.array_equal(a, b)):
             return a
@@ -47,13 +50,30 @@ class Identities:
         free = both & (a != FIXED) & (b != FIXED)
         self._left.append(a[free])
         self._right.append(b[free])
-        return np.where(a > FIXED, a, np.where(b == ANY, a, b))
+        return np.where(free, np.minimum(a, b), np.maximum(a, b))
 
     def tie_rows(self, rows: Ids, why: str) -> Ids:
         """Make all rows of a (n, size) array one, and give the first."""
         for row in rows[1:]:
             self.tie(rows[0], row, why)
         return rows[0]
+
+    def merge(self, dims: Sequence[Ids], why: str) -> Ids:
+        """One dimension made of several that all hold channels; `split` gives them back.
+
+        The channels must stay, with `why` as the reason, if anything else happens to it.
+        """
+        key = tuple(dim.tobytes() for dim in dims)
+        if key not in self._merged:
+            self._merged[key] = self.new(math.prod(len(dim) for dim in dims)), list(dims), why
+        return self._merged[key][0]
+
+    def split(self, ids: Ids, sizes: Sequence[int]) -> list[Ids] | None:
+        """The dimensions that were merged to `ids`; None if others were."""
+        for merged, dims, _ in self._merged.values():
+            if np.array_equal(merged, ids) and [len(dim) for dim in dims] == list(sizes):
+                return dims
+        return None
 
     def freeze(self, ids: Ids, why: str) -> None:
         """These channels must stay."""
@@ -67,7 +87,8 @@ class Identities:
         Connected components by pulling the smallest label along the ties and jumping over
         labels, all identities at once.
         """
-        labels = np.arange(self._count, dtype=np.int64)
+        self._freeze_what_stayed_merged()
+        labels = np.arange(self.count, dtype=np.int64)
         left = np.concatenate([*self._left, np.empty(0, np.int64)])
         right = np.concatenate([*self._right, np.empty(0, np.int64)])
         while True:
@@ -84,6 +105,13 @@ class Identities:
             for root in np.unique(labels[ids]).tolist():
                 reasons.setdefault(root, why)
         return labels, reasons
+
+    def _freeze_what_stayed_merged(self) -> None:
+        for merged, dims, why in reversed(self._merged.values()):
+            used = [*self._left, *self._right, *(ids for ids, _ in self._frozen)]
+            if np.isin(merged, np.concatenate([*used, np.empty(0, np.int64)])).any():
+                for dim in (merged, *dims):
+                    self.freeze(dim, why)
 
 
 def fixed(size: int) -> Ids:

@@ -11,13 +11,17 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
-from slimkit.pruning.identities import Identities, Ids, fixed
+from slimkit.pruning.identities import FIXED, Identities, Ids, fixed
 
 Dims = list[Ids]
 """The identities of one tensor: an array for each dimension."""
+
+Place = tuple[str, int]
+"""A parameter or buffer, and one of its dimensions."""
 
 Rule = Callable[["Propagation", fx.Node, str], Any]
 """Ties what an operation ties, and gives the `Dims` of its result (a tuple of them for several)."""
@@ -28,7 +32,7 @@ class NotFollowedError(Exception):
 
 
 class Propagation:
-    """Walks a graph once; afterwards identities, `reads`, `makes` and `norms` tell everything.
+    """Walks a graph once; `ids`, `tensors`, `reads`, `makes` and `norms` tell the rest.
 
     Args:
         ids: where identities come from.
@@ -38,17 +42,33 @@ class Propagation:
     def __init__(self, ids: Identities, rules: Mapping[str, Rule]) -> None:
         self.ids = ids
         self.rules = rules
-        self.reads: set[tuple[str, int]] = set()  # (tensor, dimension) that reads channels
-        self.makes: set[tuple[str, int]] = set()  # (tensor, dimension) that makes channels
-        self.norms: dict[str, str] = {}  # weight -> weight of the batch-norm right behind
+        self.tensors: dict[str, Dims] = {}  # the parameters and buffers
+        self.reads: set[Place] = set()  # where channels are read
+        self.makes: set[Place] = set()  # where channels are made
+        self.norms: dict[str, str] = {}  # weight -> the batch-norm right behind
         self._values: dict[fx.Node, Any] = {}
-        self._names: dict[fx.Node, str] = {}
+        self._weights: set[fx.Node] = set()  # parameters, buffers and what is computed from them
+        self._makers: dict[fx.Node, set[Place]] = {}
+        self._starts: list[int] = []  # the first identity of each of `_places`
+        self._places: list[set[Place]] = []
+        self._end = 0  # behind the last of their identities
 
-    def state(self, node: fx.Node, name: str, shape: Sequence[int]) -> Dims:
-        """Give a parameter or buffer identities of its own."""
-        dims = [self.ids.new(size) for size in shape]
-        self._values[node], self._names[node] = dims, name
-        return dims
+    def state(self, node: fx.Node, name: str, shape: Sequence[int], tied: str | None) -> None:
+        """Give a parameter or buffer identities: its own, or those of the one that it is `tied` to.
+
+        All of them must come before the first operation.
+        """
+        if tied is not None and tied in self.tensors:
+            dims = self.tensors[tied]
+            for places in self._places:
+                places |= {(name, d) for owner, d in places if owner == tied}
+        else:
+            dims = [self.ids.new(size) for size in shape]
+            self._starts += [int(dim[0]) for dim in dims if dim.size]
+            self._places += [{(name, d)} for d, dim in enumerate(dims) if dim.size]
+            self._end = self.ids.count
+        self._values[node] = self.tensors[name] = dims
+        self._weights.add(node)
 
     def argument(self, node: fx.Node, shape: Sequence[int]) -> None:
         """An input of the model: all its dimensions must stay."""
@@ -60,6 +80,8 @@ class Propagation:
 
     def call(self, node: fx.Node) -> None:
         """Follow one operation."""
+        if all(source in self._weights for source in node.all_input_nodes):
+            self._weights.add(node)
         if node.target is operator.getitem:
             source, position = node.args
             whole = self._values.get(source) if isinstance(source, fx.Node) else None
@@ -73,9 +95,16 @@ class Propagation:
             self._give_up(node, f"the operation {name} is not understood")
             return
         try:
-            self._values[node] = rule(self, node, name)
+            followed = rule(self, node, name)
         except NotFollowedError as reason:
             self._give_up(node, f"{name}: {reason}")
+        except (IndexError, TypeError, ValueError, ZeroDivisionError):  # an overload not thought of
+            self._give_up(node, f"{name} in a form that is not followed")
+        else:
+            if _sizes(followed) == _sizes(fixed_like(node.meta.get("val"))):
+                self._values[node] = followed
+            else:
+                self._give_up(node, f"{name} in a form that is not followed")
 
     def dims(self, argument: Any) -> Dims | None:
         """Identities of an argument; None where it is no tensor."""
@@ -97,18 +126,46 @@ class Propagation:
         """Identities of an argument that may be left out."""
         return self.dims(argument(node, position, name))
 
-    def name(self, node: fx.Node, position: int, name: str = "") -> str | None:
-        """The path of an argument that is a parameter or buffer itself."""
-        found = argument(node, position, name)
-        return self._names.get(found) if isinstance(found, fx.Node) else None
+    def note(self, node: fx.Node, weight: Any, *, makes: int | None, reads: int | None) -> None:
+        """Remember which dimensions of a weight make and read channels in `node`.
 
-    def note(self, name: str | None, *, makes: int | None, reads: int | None) -> None:
-        """Remember which dimensions of a weight make and read channels."""
-        if name is not None:
-            if makes is not None:
-                self.makes.add((name, makes))
-            if reads is not None:
-                self.reads.add((name, reads))
+        Where the weight is computed, they are those of the parameters behind it; where it comes
+        from the data, there is nothing to remember.
+        """
+        dims = self.dims(weight)
+        if dims is None or weight not in self._weights:
+            return
+        if makes is not None:
+            self._makers[node] = self._where(dims[makes])
+            self.makes |= self._makers[node]
+        if reads is not None:
+            self.reads |= self._where(dims[reads])
+
+    def makers(self, node: Any) -> set[Place]:
+        """The weights that make the channels of what a layer gives; none for other operations."""
+        return self._makers.get(node, set())
+
+    def owners(self, node: Any) -> list[str]:
+        """The parameters and buffers whose channels a tensor holds, if no data comes in."""
+        dims = self.dims(node) if node in self._weights else None
+        return sorted({name for dim in dims or [] for name, _ in self._where(dim)})
+
+    def _where(self, ids: Ids) -> set[Place]:
+        """The dimensions of parameters and buffers whose own identities these are."""
+        own = ids[(ids > FIXED) & (ids < self._end)]
+        found = np.unique(np.searchsorted(self._starts, own, side="right") - 1)
+        return set().union(*(self._places[k] for k in found.tolist()))
+
+    def broadcast(self, out: Ids, dim: Ids, why: str) -> Ids:
+        """Make a dimension of an operand one with the result's, or stretch it if it is shorter."""
+        if len(dim) == len(out):
+            return self.ids.tie(out, dim, why)
+        self.stretch(dim, why)
+        return out
+
+    def stretch(self, dim: Ids, why: str) -> None:
+        """A dimension of size one meets all positions of another, so its channel must stay."""
+        self.ids.freeze(dim, f"{why}: a single channel stretched over many")
 
     def freeze(self, dims: Dims, why: str) -> None:
         """All channels of a tensor must stay."""
@@ -120,6 +177,8 @@ class Propagation:
         for source in node.all_input_nodes:
             for dims in tensors_of_value(self._values.get(source)):
                 self.freeze(dims, why)
+                if source in self._weights and len(dims) > 1:  # so that its layer is listed
+                    self.makes |= set().union(*(self._where(dim) for dim in dims))
         self._values[node] = fixed_like(node.meta.get("val"))
 
 
@@ -128,6 +187,16 @@ def argument(node: fx.Node, position: int, name: str) -> Any:
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name)
+
+
+def option(node: fx.Node, name: str) -> Any:
+    """An argument by its name in the operation's schema, with the schema's default."""
+    for position, known in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if known.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(name, known.default_value if known.has_default_value() else None)
+    return None
 
 
 def shape_of(node: fx.Node) -> list[int]:
@@ -140,6 +209,13 @@ def tensors_of_value(value: Any) -> list[Dims]:
     if isinstance(value, tuple):
         return [dims for part in value for dims in tensors_of_value(part)]
     return [value] if isinstance(value, list) else []
+
+
+def _sizes(value: Any) -> Any:
+    """The shape that identities are for."""
+    if isinstance(value, tuple):
+        return tuple(_sizes(part) for part in value)
+    return [len(dim) for dim in value] if isinstance(value, list) else None
 
 
 def fixed_like(value: Any) -> Any:

@@ -41,11 +41,31 @@ def kept_positions(kept: Iterable[tuple[Group, Tensor]]) -> Kept:
     return positions
 
 
+def best(group: Group, order: Tensor, size: int) -> Tensor:
+    """The first `size` channels of `order`, sorted; and the first of a tensor that has none then.
+
+    A tensor may hold some of a group's channels only, where a concatenation is added to another.
+    """
+    stays = torch.zeros(group.channels + 1, dtype=torch.bool)
+    stays[order[:size]] = True
+    stays[-1] = True  # position -1: channels of another group
+    for member in group.members:
+        if not stays[member.channel].any():
+            stays[order[torch.isin(order, member.channel)][0]] = True
+    return stays[:-1].nonzero().flatten()
+
+
 def cut(tensor: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
     """Only the positions in `dims` (dimension -> positions) of `tensor`, contiguous."""
     for dim, positions in dims.items():
         tensor = tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
     return tensor
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, tied ones under each of their names."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
 
 
 @torch.no_grad()
@@ -58,7 +78,7 @@ def remove_(model: nn.Module, kept: Kept) -> None:
     Raises:
         ArtifactError: a tensor is missing, or too small for a position; nothing was cut.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    tensors = tensors_by_name(model)
     for name, dims in kept.items():
         if name not in tensors:
             raise ArtifactError(f"the model has no tensor {name!r}; was it built differently?")
@@ -98,8 +118,11 @@ def _fit_attributes_(module: nn.Module) -> None:
     """Bring the sizes that a layer remembers in line with its tensors."""
     if isinstance(module, _ConvNd):
         first, second = module.weight.shape[:2]
-        if module.groups > 1 and module.groups == module.in_channels == module.out_channels:
-            module.groups = module.in_channels = module.out_channels = first
+        if module.groups > 1 and module.groups == module.in_channels:  # depthwise
+            multiplier = module.out_channels // module.groups
+            transposed = isinstance(module, _ConvTransposeNd)
+            module.groups = module.in_channels = first if transposed else first // multiplier
+            module.out_channels = module.groups * multiplier
         elif isinstance(module, _ConvTransposeNd):
             module.in_channels, module.out_channels = first, second * module.groups
         else:
@@ -110,7 +133,11 @@ def _fit_attributes_(module: nn.Module) -> None:
         for tensor in (module.weight, module.running_mean):
             if isinstance(tensor, Tensor):
                 module.num_features = tensor.shape[0]
-    elif isinstance(module, nn.LayerNorm) and isinstance(module.weight, Tensor):
+    elif isinstance(module, nn.GroupNorm) and isinstance(module.weight, Tensor):
+        module.num_channels = module.weight.shape[0]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and isinstance(module.weight, Tensor):
         module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.shape[0]

@@ -14,6 +14,7 @@ from slimkit.pruning.propagation import (
     Propagation,
     Rule,
     argument,
+    option,
     shape_of,
 )
 
@@ -24,7 +25,6 @@ def convolution(walk: Propagation, node: fx.Node, name: str) -> Any:
     if name == "convolution" and argument(node, 6, "transposed"):
         raise NotFollowedError("transposed in this form")
     channel = len(x) - len(w) + 1  # 1, or 0 where there is no batch dimension
-    weight = walk.name(node, 1, "weight")
     incoming, out = x[channel], w[0]
     per_group_in, per_group_out = len(incoming) // groups, len(out) // groups
     if groups == 1:
@@ -37,7 +37,8 @@ def convolution(walk: Propagation, node: fx.Node, name: str) -> Any:
         _tie_slots(walk, incoming, groups, per_group_in)
         _tie_slots(walk, out, groups, per_group_out)
         walk.ids.tie(incoming[:per_group_in], w[1], "a grouped convolution")
-    walk.note(weight, makes=0, reads=1 if groups == 1 or per_group_in > 1 else None)
+    reads = 1 if groups == 1 or per_group_in > 1 else None
+    walk.note(node, argument(node, 1, "weight"), makes=0, reads=reads)
     _bias(walk, node, out)
     return [*x[:channel], out, *[fixed(size) for size in shape_of(node)[channel + 1 :]]]
 
@@ -45,13 +46,19 @@ def convolution(walk: Propagation, node: fx.Node, name: str) -> Any:
 def transposed_convolution(walk: Propagation, node: fx.Node, name: str) -> Any:
     x, w = walk.tensor(node, 0, "input"), walk.tensor(node, 1, "weight")
     groups = argument(node, 6, "groups") or 1
-    if x is None or w is None or groups != 1:
-        raise NotFollowedError("groups in a transposed convolution")
     channel = len(x) - len(w) + 1
-    walk.ids.tie(x[channel], w[0], "a convolution over a fixed input")
-    walk.note(walk.name(node, 1, "weight"), makes=1, reads=0)
-    _bias(walk, node, w[1])
-    return [*x[:channel], w[1], *[fixed(size) for size in shape_of(node)[channel + 1 :]]]
+    incoming = walk.ids.tie(x[channel], w[0], "a convolution over a fixed input")
+    per_group_in, per_group_out = len(incoming) // groups, len(w[1])
+    if groups == 1 or per_group_in > 1:
+        _tie_slots(walk, incoming, groups, per_group_in)
+        out = np.tile(w[1], groups)
+        walk.note(node, argument(node, 1, "weight"), makes=1, reads=0)
+    else:  # depthwise: a row of the weight both reads a channel and makes `per_group_out`
+        out = np.repeat(incoming, per_group_out)
+        walk.ids.freeze(w[1], "a depthwise convolution")
+        walk.note(node, argument(node, 1, "weight"), makes=0, reads=None)
+    _bias(walk, node, out)
+    return [*x[:channel], out, *[fixed(size) for size in shape_of(node)[channel + 1 :]]]
 
 
 def _tie_slots(
@@ -70,7 +77,7 @@ def _bias(walk: Propagation, node: fx.Node, out: Ids) -> None:
 def linear(walk: Propagation, node: fx.Node, name: str) -> Any:
     x, w = walk.tensor(node, 0, "input"), walk.tensor(node, 1, "weight")
     walk.ids.tie(x[-1], w[1], "a linear layer over a fixed input")
-    walk.note(walk.name(node, 1, "weight"), makes=0, reads=1)
+    walk.note(node, argument(node, 1, "weight"), makes=0, reads=1)
     _bias(walk, node, w[0])
     return [*x[:-1], w[0]]
 
@@ -78,23 +85,29 @@ def linear(walk: Propagation, node: fx.Node, name: str) -> Any:
 def addmm(walk: Propagation, node: fx.Node, name: str) -> Any:
     bias, a, b = (walk.tensor(node, i) for i in range(3))
     walk.ids.tie(a[-1], b[0], "a matrix product over a fixed dimension")
-    walk.ids.tie(bias[-1], b[1], "a bias")
+    if len(bias[-1]) == len(b[1]):
+        walk.ids.tie(bias[-1], b[1], "a bias")
+    else:
+        walk.stretch(bias[-1], name)
+    if len(bias) > 1:
+        raise NotFollowedError("a matrix is added")
+    walk.note(node, node.args[1], makes=0, reads=1)
+    walk.note(node, node.args[2], makes=1, reads=0)
     return [a[0], b[1]]
 
 
 def matmul(walk: Propagation, node: fx.Node, name: str) -> Any:
     a, b = walk.tensor(node, 0), walk.tensor(node, 1)
-    if a is None or b is None or len(a) < 2 or len(b) < 2:
+    if len(a) < 2 or len(b) < 2:
         raise NotFollowedError("vectors")
-    walk.note(walk.name(node, 0), makes=None, reads=len(a) - 1)
-    walk.note(walk.name(node, 1), makes=None, reads=len(b) - 2)
+    walk.note(node, node.args[0], makes=-2, reads=-1)
+    walk.note(node, node.args[1], makes=-1, reads=-2)
     walk.ids.tie(a[-1], b[-2], "a matrix product over a fixed dimension")
     shape = shape_of(node)
     batch: Dims = [stretching(size) for size in shape[:-2]]
     for dims in (a[:-2], b[:-2]):
         for d, dim in enumerate(dims, start=len(batch) - len(dims)):
-            if len(dim) == shape[d]:
-                batch[d] = walk.ids.tie(batch[d], dim, f"{name} over a fixed dimension")
+            batch[d] = walk.broadcast(batch[d], dim, f"{name} over a fixed dimension")
     return [*batch, a[-2], b[-1]]
 
 
@@ -103,11 +116,11 @@ def attention(walk: Propagation, node: fx.Node, name: str) -> Any:
     walk.ids.freeze(q[-1], "attention is scaled by the size of a head")
     walk.ids.freeze(k[-1], "attention is scaled by the size of a head")
     walk.ids.tie(k[-2], v[-2], "attention")
+    walk.freeze(walk.given(node, 3, "attn_mask") or [], "attention is masked by it")
     batch = list(q[:-2])
-    for dims in (k[:-2], v[:-2]):
-        for d, dim in enumerate(dims[: len(batch)]):
-            if len(dim) == len(batch[d]):
-                batch[d] = walk.ids.tie(batch[d], dim, "attention")
+    for d, dims in enumerate(zip(batch, k, v, strict=False)):
+        for dim in dims[1:]:
+            batch[d] = walk.broadcast(batch[d], dim, "attention")
     return [*batch, q[-2], v[-1]]
 
 
@@ -118,40 +131,34 @@ def einsum(walk: Propagation, node: fx.Node, name: str) -> Any:
     left, right = equation.replace(" ", "").split("->")
     letters: dict[str, Ids] = {}
     for term, operand in zip(left.split(","), operands, strict=True):  # type: ignore[arg-type]
-        for letter, dim in zip(term, walk.dims(operand) or [], strict=True):
+        for d, (letter, dim) in enumerate(zip(term, walk.dims(operand) or [], strict=True)):
             letters[letter] = walk.ids.tie(letters.get(letter, dim), dim, name)
+            kept = letter in right
+            walk.note(node, operand, makes=d if kept else None, reads=None if kept else d)
     return [letters[letter] for letter in right]
 
 
 def embedding(walk: Propagation, node: fx.Node, name: str) -> Any:
     w, index = walk.tensor(node, 0), walk.tensor(node, 1)
-    if w is None or index is None:
-        raise NotFollowedError("no table")
     walk.ids.freeze(w[0], "the rows of a table")
+    walk.note(node, node.args[0], makes=1, reads=None)
     return [*index, w[1]]
 
 
 def batch_norm(walk: Propagation, node: fx.Node, name: str) -> Any:
     x = walk.tensor(node, 0, "input")
-    if x is None or len(x) < 2:
-        raise NotFollowedError("no channels")
     for position in range(1, 5):
         dims = walk.given(node, position)
         if dims is not None:
             walk.ids.tie(dims[0], x[1], "batch-norm over a fixed input")
-    source, gamma = node.args[0], walk.name(node, 1)
-    if isinstance(source, fx.Node) and gamma is not None:
-        for position, key in ((1, "weight"),):
-            weight = walk.name(source, position, key) if len(source.args) > 1 else None
-            if weight is not None:
-                walk.norms[weight] = gamma
+    for gamma in walk.owners(argument(node, 1, "weight")):
+        for weight, _ in walk.makers(node.args[0]):
+            walk.norms[weight] = gamma.rpartition(".")[0]
     return list(x)
 
 
 def layer_norm(walk: Propagation, node: fx.Node, name: str) -> Any:
-    x, size = walk.tensor(node, 0), node.args[1]
-    if x is None or not isinstance(size, list | tuple):
-        raise NotFollowedError("no channels")
+    x, size = walk.tensor(node, 0), option(node, "normalized_shape")
     for position in (2, 3):
         dims = walk.given(node, position)
         for own, theirs in zip(dims or [], x[-len(size) :], strict=bool(dims)):
@@ -162,11 +169,8 @@ def layer_norm(walk: Propagation, node: fx.Node, name: str) -> Any:
 
 
 def group_norm(walk: Propagation, node: fx.Node, name: str) -> Any:
-    x, groups = walk.tensor(node, 0), node.args[1]
-    if x is None or not isinstance(groups, int):
-        raise NotFollowedError("no channels")
-    if groups > 1:
-        _tie_slots(walk, x[1], groups, len(x[1]) // groups)
+    x, groups = walk.tensor(node, 0), option(node, "num_groups")
+    _tie_slots(walk, x[1], groups, len(x[1]) // groups)
     for position, key in ((2, "weight"), (3, "bias")):
         dims = walk.given(node, position, key)
         if dims is not None:
@@ -178,6 +182,8 @@ def prelu(walk: Propagation, node: fx.Node, name: str) -> Any:
     x, w = walk.tensor(node, 0), walk.tensor(node, 1)
     if len(w[0]) > 1:
         walk.ids.tie(w[0], x[1], "prelu over a fixed input")
+    else:
+        walk.stretch(w[0], name)
     return list(x)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from slimkit.pruning.identities import fixed, is_free, stretching, varies
+from slimkit.pruning.identities import ANY, FIXED, Ids, fixed, is_free, stretching, varies
 from slimkit.pruning.propagation import (
     Dims,
     NotFollowedError,
     Propagation,
     Rule,
     argument,
+    option,
     shape_of,
 )
 
@@ -29,7 +30,8 @@ def cat(walk: Propagation, node: fx.Node, name: str) -> Any:
         for k, dim in enumerate(other):
             if k != d:
                 out[k] = walk.ids.tie(out[k], dim, f"{name} beside a constant")
-    out[d] = np.concatenate([part[d] for part in tensors])
+    joined = np.concatenate([part[d] for part in tensors])
+    out[d] = np.where(joined == ANY, FIXED, joined)  # how far it was stretched is a constant
     return out
 
 
@@ -87,8 +89,10 @@ def select(walk: Propagation, node: fx.Node, name: str) -> Any:
 
 def index(walk: Propagation, node: fx.Node, name: str) -> Any:
     x, indices = walk.tensor(node, 0), node.args[1]
-    if x is None or not isinstance(indices, list | tuple):
-        raise NotFollowedError("no tensor")
+    if not isinstance(indices, list | tuple):
+        raise NotFollowedError("no indices")
+    for looked_up in indices:
+        walk.freeze(walk.dims(looked_up) or [], "positions are looked up by it")
     used = [d for d, index in enumerate(indices) if index is not None]
     for d in used:
         walk.ids.freeze(x[d], "positions are looked up in it")
@@ -108,19 +112,20 @@ def roll(walk: Propagation, node: fx.Node, name: str) -> Any:
 
 
 def flip(walk: Propagation, node: fx.Node, name: str) -> Any:
-    x, dims = walk.tensor(node, 0), argument(node, 1, "dims")
-    for d in dims:
-        walk.ids.freeze(x[d], name)
-    return list(x)
+    out = list(walk.tensor(node, 0))
+    for d in argument(node, 1, "dims"):
+        out[d] = out[d][::-1]
+    return out
 
 
 def pad(walk: Propagation, node: fx.Node, name: str) -> Any:
     x, amounts = walk.tensor(node, 0), argument(node, 1, "pad")
     out = list(x)
+    constant = option(node, "mode") in (None, "constant")
     for k in range(len(amounts) // 2):
         d, (before, after) = len(x) - 1 - k, amounts[2 * k : 2 * k + 2]
-        if before < 0 or after < 0:
-            walk.ids.freeze(out[d], "cropped by a constant")
+        if before < 0 or after < 0 or not (constant or before == after == 0):
+            walk.ids.freeze(out[d], "cropped by a constant" if constant else "padded by its mirror")
             out[d] = fixed(shape_of(node)[d])
         else:
             out[d] = np.concatenate([fixed(before), out[d], fixed(after)])
@@ -144,7 +149,8 @@ def movedim(walk: Propagation, node: fx.Node, name: str) -> Any:
 def transpose(walk: Propagation, node: fx.Node, name: str) -> Any:
     x = walk.tensor(node, 0)
     out = list(x)
-    a, b = (argument(node, 1, ""), argument(node, 2, "")) if len(node.args) > 2 else (0, -1)
+    default = (-2, -1) if name == "mT" else (0, -1)
+    a, b = (argument(node, 1, ""), argument(node, 2, "")) if len(node.args) > 2 else default
     out[a], out[b] = out[b], out[a]
     return out
 
@@ -153,16 +159,25 @@ def expand(walk: Propagation, node: fx.Node, name: str) -> Any:
     x, shape = walk.tensor(node, 0), shape_of(node)
     offset = len(shape) - len(x)
     out: Dims = [stretching(size) for size in shape]
-    for d, dim in enumerate(x):
-        if len(dim) == shape[offset + d]:
-            out[offset + d] = dim
+    for d, dim in enumerate(x, start=offset):
+        out[d] = walk.broadcast(out[d], dim, name)
     return out
 
 
 def repeat(walk: Propagation, node: fx.Node, name: str) -> Any:
-    x, times = walk.tensor(node, 0), argument(node, 1, "repeats")
+    x, times = walk.tensor(node, 0), list(argument(node, 1, "repeats"))
     padded = [fixed(1)] * (len(times) - len(x)) + list(x)
+    times = [1] * (len(x) - len(times)) + times
     return [np.tile(dim, n) for dim, n in zip(padded, times, strict=True)]
+
+
+def repeat_interleave(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x, times, d = walk.tensor(node, 0), option(node, "repeats"), option(node, "dim")
+    if not isinstance(times, int) or d is None:
+        raise NotFollowedError("not the same for every position")
+    out = list(x)
+    out[d] = np.repeat(x[d], times)
+    return out
 
 
 def unsqueeze(walk: Propagation, node: fx.Node, name: str) -> Any:
@@ -172,25 +187,20 @@ def unsqueeze(walk: Propagation, node: fx.Node, name: str) -> Any:
 
 
 def pixel_shuffle(walk: Propagation, node: fx.Node, name: str) -> Any:
-    x, factor = walk.tensor(node, 0), node.args[1]
-    if x is None or not isinstance(factor, int):
-        raise NotFollowedError("no tensor")
-    rows = x[1].reshape(-1, factor * factor)
+    x, factor = walk.tensor(node, 0), option(node, "upscale_factor")
+    rows = x[-3].reshape(-1, factor * factor)
     out = walk.ids.tie_rows(rows.T, name)
-    return [x[0], out, *[fixed(size) for size in shape_of(node)[2:]]]
+    return [*x[:-3], out, *[fixed(size) for size in shape_of(node)[-2:]]]
 
 
 def pixel_unshuffle(walk: Propagation, node: fx.Node, name: str) -> Any:
-    x, factor = walk.tensor(node, 0), node.args[1]
-    if x is None or not isinstance(factor, int):
-        raise NotFollowedError("no tensor")
-    return [x[0], np.repeat(x[1], factor**2), *[fixed(size) for size in shape_of(node)[2:]]]
+    x, factor = walk.tensor(node, 0), option(node, "downscale_factor")
+    out = np.repeat(x[-3], factor * factor)
+    return [*x[:-3], out, *[fixed(size) for size in shape_of(node)[-2:]]]
 
 
 def channel_shuffle(walk: Propagation, node: fx.Node, name: str) -> Any:
-    x, groups = walk.tensor(node, 0), node.args[1]
-    if x is None or not isinstance(groups, int):
-        raise NotFollowedError("no tensor")
+    x, groups = walk.tensor(node, 0), option(node, "groups")
     rows = x[1].reshape(groups, -1)
     walk.ids.tie_rows(rows, name)
     return [x[0], rows.T.reshape(-1), *x[2:]]
@@ -215,35 +225,46 @@ def view(walk: Propagation, node: fx.Node, name: str) -> Any:
 
 
 def _reshaped(walk: Propagation, dims: Dims, sizes: list[int], name: str) -> Dims:
-    free = varies(dims)
-    if not free:
-        return [fixed(size) for size in sizes]
+    if len(dims) == len(sizes) == 1:
+        return dims
+    for dim in dims:
+        if len(dim) == 1:
+            walk.ids.freeze(dim, f"{name} of a single channel")
+    long = [dim for dim in dims if len(dim) > 1]
     big = [k for k, size in enumerate(sizes) if size > 1]
-    if len(dims) == 1 and len(big) <= 1:
-        return [dims[0] if k in big else fixed(size) for k, size in enumerate(sizes)]
+    free = varies(long)
+
+    def along(parts: dict[int, Ids]) -> Dims:
+        return [parts.get(k, fixed(size)) for k, size in enumerate(sizes)]
+
+    if not free:
+        return along({})
+    if len(long) == 1:
+        parts = [long[0]] if len(big) == 1 else walk.ids.split(long[0], [sizes[k] for k in big])
+        if parts is not None:
+            return along(dict(zip(big, parts, strict=True)))
     if len(free) > 1:
-        walk.freeze(dims, f"{name} merges several dimensions of channels")
-        return [fixed(size) for size in sizes]
-    place = free[0]
-    axes = [1] * len(dims)
-    axes[place] = len(dims[place])
-    lattice = np.broadcast_to(dims[place].reshape(axes), [len(dim) for dim in dims])
-    lattice = lattice.reshape(sizes)
-    if len(sizes) == 1:
-        return [lattice]
+        reason = f"{name} merges several dimensions of channels"
+        if len(big) == 1:
+            return along({big[0]: walk.ids.merge(long, reason)})
+        walk.freeze(long, reason)
+        return along({})
+    channel = long[free[0]]
+    inner = math.prod(len(dim) for dim in long[free[0] + 1 :])
+    one = np.repeat(channel, inner)
+    lattice = np.tile(one, math.prod(sizes) // len(one)).reshape(sizes)
     for k in big:  # the channels may lie along one of the new dimensions alone
         rows = np.moveaxis(lattice, k, -1).reshape(-1, sizes[k])
         if (rows == rows[0]).all():
-            return [rows[0] if j == k else fixed(size) for j, size in enumerate(sizes)]
-    if len(dims) > 1 and len([d for d in dims if len(d) > 1]) > 1:
-        walk.freeze(dims, f"{name} mixes channels with other dimensions")
-        return [fixed(size) for size in sizes]
-    # One dimension is split: the same positions of all parts go together, as in attention heads
+            return along({k: rows[0]})
+    # The channels are split: the same positions of all parts go together, as in attention heads
     # and channel shuffles; verification tells whether the user's code allows it.
     last = big[-1]
-    rows = np.moveaxis(lattice, last, -1).reshape(-1, sizes[last])
-    kept = walk.ids.tie_rows(rows, name)
-    return [kept if j == last else fixed(size) for j, size in enumerate(sizes)]
+    part = sizes[last] // inner
+    if sizes[last] % inner or len(channel) % part:
+        walk.freeze(dims, f"{name} mixes channels with other dimensions")
+        return along({})
+    return along({last: walk.ids.tie_rows(lattice.reshape(-1, sizes[last]), name)})
 
 
 def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -274,16 +295,16 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), chunk),
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
-    **dict.fromkeys(("permute",), permute),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT"), transpose),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
     **dict.fromkeys(("repeat", "tile"), repeat),
     **dict.fromkeys(
-        ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "squeeze"),
-        view,
+        ("view", "_unsafe_view", "view_as", "reshape", "reshape_as", "ravel", "flatten"), view
     ),
-    **dict.fromkeys(("_unsafe_view",), view),
+    **dict.fromkeys(("unflatten", "squeeze"), view),
     **dict.fromkeys(("movedim", "moveaxis"), movedim),
+    "permute": permute,
+    "repeat_interleave": repeat_interleave,
     "cat": cat,
     "stack": stack,
     "unbind": unbind,

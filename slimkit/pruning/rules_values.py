@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from torch import fx
 
-from slimkit.pruning.identities import ANY, fixed, is_free, stretching
+from slimkit.pruning.identities import fixed, stretching
 from slimkit.pruning.propagation import (
     Dims,
     Propagation,
     Rule,
-    argument,
     fixed_like,
+    option,
     shape_of,
     tensors_of_value,
 )
@@ -22,10 +21,14 @@ ELEMENTWISE = """
     abs add sub rsub mul div pow exp log sqrt rsqrt neg reciprocal square sigmoid tanh relu relu6
     gelu silu mish elu selu celu hardtanh hardswish hardsigmoid leaky_relu softplus softsign erf sin
     cos clamp clamp_min clamp_max minimum maximum where masked_fill eq ne lt le gt ge logical_and
-    logical_or logical_not bitwise_not floor round sign dropout feature_dropout alpha_dropout clone
-    contiguous detach alias to _to_copy type_as float lift_fresh_copy zeros_like ones_like full_like
-    empty_like rand_like fill zero copy softmax _softmax log_softmax addcmul lerp threshold expm1
-    log1p tan atan fmod remainder floor_divide isnan nan_to_num
+    logical_or logical_xor logical_not bitwise_not bitwise_and bitwise_or bitwise_xor floor ceil
+    round trunc frac sign sgn copy softmax _softmax log_softmax addcmul lerp threshold expm1 log1p
+    log2 log10 exp2 logaddexp logit log_sigmoid hardshrink softshrink tan atan sinh cosh asin acos
+    fmod remainder floor_divide true_divide divide multiply subtract isnan nan_to_num clip absolute
+"""
+COPIES = """
+    dropout feature_dropout alpha_dropout clone contiguous detach alias to _to_copy type_as float
+    lift_fresh_copy zeros_like ones_like full_like empty_like rand_like fill zero
 """
 POOLS = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
@@ -36,8 +39,8 @@ POOLS = """
     _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
 """
 REDUCTIONS = """
-    mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm logsumexp prod any
-    all
+    mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm linalg_norm
+    logsumexp prod any all
 """
 SOURCES = """
     arange zeros ones full rand randn empty scalar_tensor eye linspace new_zeros new_ones new_full
@@ -50,11 +53,13 @@ def elementwise(walk: Propagation, node: fx.Node, name: str) -> Any:
     out: Dims = [stretching(size) for size in shape]
     for read in node.all_input_nodes:
         for dims in tensors_of_value(walk.value(read)):
-            offset = len(shape) - len(dims)
-            for d, dim in enumerate(dims):
-                if offset + d >= 0 and len(dim) == shape[offset + d]:
-                    out[offset + d] = walk.ids.tie(out[offset + d], dim, f"{name} with a constant")
-    return [np.where(dim == ANY, 0, dim) if not is_free(dim) else dim for dim in out]
+            for d, dim in enumerate(dims, start=len(shape) - len(dims)):
+                out[d] = walk.broadcast(out[d], dim, f"{name} with a constant")
+    return out
+
+
+def same(walk: Propagation, node: fx.Node, name: str) -> Any:
+    return list(walk.tensor(node, 0))
 
 
 def spatial(walk: Propagation, node: fx.Node, name: str) -> Any:
@@ -73,17 +78,20 @@ def reduction(walk: Propagation, node: fx.Node, name: str) -> Any:
     x = walk.tensor(node, 0)
     value = node.meta["val"]
     several = isinstance(value, list | tuple)
-    shape = value[0].shape if several else value.shape
-    given = argument(node, 1, "dim")
-    if isinstance(given, float) or (isinstance(given, int | float) and "norm" in name):
-        given = argument(node, 2, "dim")
+    if getattr(node.target, "_overloadname", "") == "other":  # max and min of two tensors
+        return elementwise(walk, node, name)
+    given = option(node, "dim")
     dims = range(len(x)) if given is None else [given] if isinstance(given, int) else given
     gone = {d % len(x) for d in dims} or set(range(len(x)))
-    if len(shape) == len(x):
+    if option(node, "keepdim"):
         out = [fixed(1) if d in gone else dim for d, dim in enumerate(x)]
     else:
         out = [dim for d, dim in enumerate(x) if d not in gone]
     return tuple([list(out) for _ in value]) if several else out
+
+
+def nothing(walk: Propagation, node: fx.Node, name: str) -> Any:
+    return None
 
 
 def source(walk: Propagation, node: fx.Node, name: str) -> Any:
@@ -97,7 +105,9 @@ def _suffix(node: fx.Node) -> str:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE.split(), elementwise),
+    **dict.fromkeys(COPIES.split(), same),
     **dict.fromkeys(POOLS.split(), spatial),
     **dict.fromkeys(REDUCTIONS.split(), reduction),
     **dict.fromkeys(SOURCES.split(), source),
+    "_assert_tensor_metadata": nothing,
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimkit.errors import PruningError
 from slimkit.pruning.cost import CostModel
 from slimkit.pruning.coupling import Coupling, Group
-from slimkit.pruning.removal import kept_positions
+from slimkit.pruning.removal import best, kept_positions
 
 MEASURES = ("flops", "params", "ratio")
 MOST_REMOVED = 0.95  # of one group: keeps a global ranking from emptying a layer
@@ -179,7 +179,7 @@ class Selector:
         kept = {}
         for group in self.coupling.groups:
             order = torch.argsort(scores[group.name], descending=True, stable=True)
-            kept[group.name] = order[: sizes[group.name]].sort().values
+            kept[group.name] = best(group, order, sizes[group.name])
         positions = kept_positions((g, kept[g.name]) for g in self.coupling.groups)
         predicted_macs, predicted_parameters = self.cost.predict(positions)
         return Choice(kept, predicted_macs, predicted_parameters)
