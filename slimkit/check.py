@@ -44,7 +44,9 @@ def problems(recipe_path: str | Path) -> list[Problem]:
     except RecipeError as error:
         found += error.problems
     found += _plugins(document)
-    for key in ("model", "data"):
+    for key, what in (("model", "the model"), ("data", "a LightningDataModule")):
+        if document.get(key) is None:
+            found.append(Problem(key, f"is required: package.module:name of what returns {what}"))
         found += _import(key, document.get(key))
     found += _weights(document.get("weights"))
     found += _trainer(document.get("trainer"))

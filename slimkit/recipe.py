@@ -350,7 +350,7 @@ class Recipe(_Node):
 
     def to_yaml(self) -> str:
         """The whole recipe with all defaults, such that `parse` gives it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

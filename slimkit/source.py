@@ -110,6 +110,19 @@ class Source:
         plain = not oldest or oldest[0] in self._imported_from(_PLAIN_BASES)
         return () if plain else None
 
+    def _class(self, name: str) -> Definition | None:
+        """A class of this file or one that it imports by name; None without its source."""
+        for node in self.tree.body:
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                for alias in node.names:
+                    if name == (alias.asname or alias.name):
+                        try:
+                            there = read(node.module)
+                        except SlimkitError:
+                            return None
+                        return there.find(alias.name) if there else None
+        return self.find(name) if isinstance(self._node(name), ast.ClassDef) else None
+
     def _imported_from(self, module: str) -> set[str]:
         return {
             alias.asname or alias.name
@@ -119,9 +132,16 @@ class Source:
         }
 
     def _written(self, value: ast.expr) -> str:
-        """The source of a value; of a name, what it stands for at the top of the file."""
+        """The source of a value; of a name, what it stands for at the top of the file.
+
+        An attribute of a class, such as ``Parent.scheme``, is looked up where the class is defined.
+        """
         if isinstance(value, ast.Name):
             value = dict(_assigned(self.tree.body)).get(value.id, value)
+        if isinstance(value, ast.Attribute) and isinstance(value.value, ast.Name):
+            owner = self._class(value.value.id)
+            if owner and value.attr in owner.attributes:
+                return owner.attributes[value.attr]
         return textwrap.dedent(ast.get_source_segment(self.text, value, padded=True) or "").strip()
 
 

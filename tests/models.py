@@ -82,7 +82,7 @@ def depthwise() -> nn.Module:
 
 
 def grouped() -> nn.Module:
-    """A grouped convolution between two others, and one layer behind that can be cut."""
+    """A grouped convolution between two others, whose groups must lose as much each."""
     layers = [conv(3, 8), nn.ReLU(), conv(8, 8, groups=2), nn.ReLU(), conv(8, 16), nn.ReLU()]
     return nn.Sequential(*layers, conv(16, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -156,7 +156,7 @@ def prelu() -> nn.Module:
 
 
 def flipped() -> nn.Module:
-    """Reads its channels in reverse, which the analysis of couplings does not see."""
+    """Reads its channels in reverse."""
 
     def flow(net: Net, x: Tensor) -> Tensor:
         return net.b(functional.relu(net.a(x)).flip(1))
@@ -192,6 +192,9 @@ PRUNABLE: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]]
     "shared": (shared, (IMAGE,)),
     "prelu": (prelu, (IMAGE,)),
     "chunked": (chunked, ((2, 8),)),
+    "grouped": (grouped, (IMAGE,)),
+    "functional_call": (functional_call, (IMAGE,)),
+    "flipped": (flipped, ((2, 8),)),
 }
 """Models that lose half of their MACs: name to (builder, shapes of the inputs)."""
 

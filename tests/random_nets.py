@@ -21,7 +21,9 @@ class Block(nn.Module):
         if kind in ("conv", "grouped"):
             groups = 2 if kind == "grouped" and c % 2 == 0 else 1
             self.out = rng.choice([4, 6, 8])
-            self.conv = conv(c, self.out, rng.choice([1, 3]), groups=groups, bias=rng.random() < 0.5)
+            self.conv = conv(
+                c, self.out, rng.choice([1, 3]), groups=groups, bias=rng.random() < 0.5
+            )
             self.norm = nn.BatchNorm2d(self.out) if rng.random() < 0.6 else nn.Identity()
         elif kind == "depthwise":
             self.out = c * rng.choice([1, 2])

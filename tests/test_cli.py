@@ -1,6 +1,8 @@
 """The command line: fast, quiet about its inside, and with exit codes that CI can trust."""
 
+import functools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -198,8 +200,7 @@ def test_the_version_is_printed(slimkit):
         (ExportError("no runtime"), 2, "Error: no runtime\n"),
         (GateError("too slow"), 3, "Error: too slow\n"),
         (KeyboardInterrupt(), 130, "Interrupted."),
-        (ZeroDivisionError("inside"), 1, "This is a bug in slimkit"),
-        (OSError("disk"), 1, "This is a bug in slimkit"),
+        (OSError("disk"), 2, "Error: disk\n"),
     ],
 )
 def test_an_error_has_its_exit_code(monkeypatch, capsys, error, code, said):
@@ -214,4 +215,27 @@ def test_an_error_has_its_exit_code(monkeypatch, capsys, error, code, said):
     printed = capsys.readouterr()
     assert said in printed.err
     assert printed.out == ""
-    assert ("Traceback" in printed.err) == (code == 1)
+    assert "Traceback" not in printed.err
+
+
+def test_a_failure_of_our_own_is_a_bug_and_exits_with_1(monkeypatch, capsys):
+    monkeypatch.setattr("slimkit.registry.discover", functools.partial(operator.truediv, 1, 0))
+    monkeypatch.setattr(sys, "argv", ["slimkit", "list-plugins"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert "This is a bug in slimkit" in printed
+
+
+def test_a_failure_in_other_code_names_its_file_and_exits_with_2(monkeypatch, capsys):
+    def fail():
+        raise ZeroDivisionError("inside")
+
+    monkeypatch.setattr("slimkit.registry.discover", fail)
+    monkeypatch.setattr(sys, "argv", ["slimkit", "list-plugins"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert f"Error: {__file__} raised ZeroDivisionError: inside" in printed

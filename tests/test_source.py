@@ -181,3 +181,14 @@ def test_a_class_attribute_is_shown_as_its_author_laid_it_out(here):
 def test_what_is_no_class_or_function_of_this_file_has_no_definition(here):
     assert definition("LIMIT") is None
     assert definition("nn") is None
+
+
+def test_a_scheme_that_is_another_class_s_is_shown_as_that_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "their_base.py").write_text("class Base:\n    scheme = Scheme(bits=4)\n")
+    (tmp_path / "their_child.py").write_text(
+        "from their_base import Base as Old\nfrom nowhere import Gone\n\n\n"
+        "class Child:\n    scheme = Old.scheme\n    lost = Gone.scheme\n"
+    )
+    attributes = source.read("their_child").find("Child").attributes
+    assert attributes == {"scheme": "Scheme(bits=4)", "lost": "Gone.scheme"}

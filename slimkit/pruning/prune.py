@@ -158,8 +158,9 @@ def prune(
             from; may be left out.
         loss: takes (model, batch) and gives the scalar to differentiate; for criteria that need
             gradients. Left out, cross-entropy on (inputs, labels).
-        protect: name patterns of layers that stay whole, with all channels that they read or make;
-            the name of a block covers the layers inside.
+        protect: name patterns of layers that keep all channels that they make (and so do the layers
+            that share these channels); what they read may shrink. The name of a block covers the
+            layers inside.
         round_to: kept channels are a multiple of this.
         min_channels: the fewest channels of a group.
         data_batches: batches for a criterion's gradients.

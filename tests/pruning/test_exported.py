@@ -57,7 +57,11 @@ EIGHT = [*range(8)]
 def test_convolution_makes_in_dimension_0_and_reads_in_dimension_1():
     model = nn.Sequential(conv(3, 4), conv(4, 2))
     assert found(model, IMAGE) == {
-        "0": {("0.weight", 0): [0, 1, 2, 3], ("0.bias", 0): [0, 1, 2, 3], ("1.weight", 1): [0, 1, 2, 3]}
+        "0": {
+            ("0.weight", 0): [0, 1, 2, 3],
+            ("0.bias", 0): [0, 1, 2, 3],
+            ("1.weight", 1): [0, 1, 2, 3],
+        }
     }
 
 
@@ -228,7 +232,10 @@ def test_gated_linear_unit_loses_the_same_positions_of_both_halves():
         (lambda x: functional.pad(x, (0, 0, 0, 0, -1, 0)), "cropped by a constant"),
         (lambda x: x.cumsum(1), "the operation cumsum is not understood"),
         (lambda x: x.sort(1).values, "the operation sort is not understood"),
-        (lambda x: functional.avg_pool1d(x.flatten(2).transpose(1, 2), 2)[:, :4, :, None], "avg_poo"),
+        (
+            lambda x: functional.avg_pool1d(x.flatten(2).transpose(1, 2), 2)[:, :4, :, None],
+            "avg_poo",
+        ),
         (lambda x: functional.layer_norm(x, x.shape[1:]), "layer-norm over several dimensions"),
         (lambda x: x + torch.arange(8.0)[:, None, None], "add with a constant"),
         (lambda x: x + torch.zeros_like(x)[:, :1].expand(2, 8, 4, 4), "slice at a constant"),
@@ -559,7 +566,9 @@ def test_matrix_parameters_make_and_read_channels():
 
     model = Net(flow)
     model.first, model.second = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4, 2))
-    assert found(model, ROWS) == {"first": {("first", 1): [0, 1, 2, 3], ("second", 0): [0, 1, 2, 3]}}
+    assert found(model, ROWS) == {
+        "first": {("first", 1): [0, 1, 2, 3], ("second", 0): [0, 1, 2, 3]}
+    }
     assert proven(model, ROWS) == ["first"]
 
 
@@ -567,7 +576,10 @@ def test_two_weights_of_one_layer_make_two_groups_with_names_of_their_own():
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 4))
+            self.first, self.second = (
+                nn.Parameter(torch.randn(4, 6)),
+                nn.Parameter(torch.randn(5, 4)),
+            )
 
         def forward(self, x):
             return functional.linear(functional.linear(x, self.first).relu(), self.second).relu()
@@ -607,7 +619,9 @@ def batch_normed(weight):
 
 @pytest.mark.parametrize("compute", [torch.tanh, lambda w: w * 0.5, lambda w: 0.5 * w + w.sign()])
 def test_computed_weight_makes_and_reads_as_the_parameter_behind_it(compute):
-    model = between(lambda net, x: functional.conv2d(x, compute(net.b.weight)), 8, 6, b=conv(8, 6, 3))
+    model = between(
+        lambda net, x: functional.conv2d(x, compute(net.b.weight)), 8, 6, b=conv(8, 6, 3)
+    )
     model.b.bias = None
     groups = found(model, IMAGE)
     assert groups["a"]["b.weight", 1] == EIGHT
@@ -616,7 +630,9 @@ def test_computed_weight_makes_and_reads_as_the_parameter_behind_it(compute):
 
 
 def test_weight_that_batch_norm_standardizes_is_cut_in_its_outputs():
-    model = between(lambda net, x: functional.conv2d(x, batch_normed(net.b.weight)), 8, 6, b=conv(8, 6))
+    model = between(
+        lambda net, x: functional.conv2d(x, batch_normed(net.b.weight)), 8, 6, b=conv(8, 6)
+    )
     model.b.bias = None
     groups = found(model, IMAGE)
     assert groups["b"] == {("b.weight", 0): [*range(6)], Z: [*range(6)]}
@@ -767,31 +783,35 @@ def densenet():
     return Net(flow, stem=conv(3, 4), norms=norms, layers=layers, head=nn.Linear(8, 3))
 
 
-@pytest.mark.parametrize(
-    "build",
-    [vgg, mobilenet, densenet, *(lambda n=n: make(n)[0] for n in PRUNABLE if n != "chunked")],
-)
-def test_both_engines_find_the_same_channels(build):
-    model = build().eval()
-    inputs = (IMAGE,)
-    for name, (builder, shapes) in PRUNABLE.items():
-        if type(model) is type(builder()) and str(model) == str(builder()):
-            inputs = tuple(torch.randn(shape) for shape in shapes)
+BEYOND_THE_SECOND_ENGINE = {"chunked", "grouped", "functional_call", "flipped"}
+BOTH = {
+    **{
+        build.__name__: lambda b=build: (b().eval(), (IMAGE,))
+        for build in (vgg, mobilenet, densenet)
+    },
+    **{name: lambda n=name: make(n) for name in PRUNABLE.keys() - BEYOND_THE_SECOND_ENGINE},
+}
+
+
+@pytest.mark.parametrize("name", sorted(BOTH))
+def test_both_engines_find_the_same_channels(name):
+    model, inputs = BOTH[name]()
     ours = places(analyse(model, inputs))
     assert ours
     assert ours == places(analyse(model, inputs, engine="torch-pruning"))
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10**6), ratio=st.sampled_from([0.2, 0.4, 0.5, 0.7, 0.95]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), ratio=st.sampled_from([0.5, 0.7, 0.95]))
 def test_any_pruned_network_computes_what_the_original_does_without_the_channels(seed, ratio):
     model = random_net(seed)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     small = prune(model, IMAGE, "random", target={"ratio": ratio})
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     expected = zeroed_where_made(model, IMAGE, small.slimkit_pruning.kept)
-    assert torch.allclose(small(IMAGE), expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
-    assert set(small.slimkit_pruning.frozen.values()) <= {OUTPUT}
+    atol = 1e-4 * expected.abs().max().item()
+    assert torch.allclose(small(IMAGE), expected, rtol=1e-3, atol=atol)
+    assert set(small.slimkit_pruning.frozen.values()) <= {OUTPUT, "it has a single channel"}
     small.train()(IMAGE).square().sum().backward()
     assert all(p.grad is None or p.grad.shape == p.shape for p in small.parameters())
     assert small.head.weight.grad.abs().sum() > 0

@@ -189,10 +189,10 @@ def test_name_of_a_block_protects_the_layers_inside():
     assert (small[0][0].out_features, small[1].out_features < 16) == (12, True)
 
 
-def test_protected_layer_keeps_what_it_reads():
+def test_protected_layer_keeps_what_it_makes_and_may_read_less():
     model, inputs = make("mlp")
-    with pytest.raises(PruningError, match="0: protected by '2'; 2: protected by '2'"):
-        prune(model, inputs, target=HALF, protect=["2"])
+    small = prune(model, inputs, target={"ratio": 0.5}, protect=["2"])
+    assert (small[2].out_features, small[2].in_features) == (12, 8)
 
 
 def test_misspelt_protection_is_an_error_with_the_nearest_name():
@@ -217,7 +217,7 @@ def test_target_out_of_reach_is_an_error_with_the_best_in_reach():
     with pytest.raises(
         PruningError, match=r"cannot be reached: .* 0\.\d+ is left\. Left whole: 6: its"
     ):
-        prune(grouped(), IMAGE, target={"flops": 0.1})
+        prune(grouped(), IMAGE, target={"flops": 0.01})
 
 
 def flatter(monkeypatch, factor):
@@ -335,8 +335,14 @@ def test_inputs_that_are_not_finite_are_an_error():
         prune(model, inputs[0] / 0, target=HALF)
 
 
-def test_grouped_convolution_stays_whole_with_a_reason():
-    small = prune(grouped(), IMAGE, target={"flops": 0.7})
+def test_grouped_convolution_keeps_its_groups_and_each_loses_as_much():
+    model, inputs = make("grouped")
+    small = prune(model, inputs, target={"ratio": 0.5})
+    assert (small[2].in_channels, small[2].out_channels, small[2].groups) == (4, 4, 2)
+
+
+def test_second_engine_leaves_a_grouped_convolution_whole_with_a_reason():
+    small = prune(grouped(), IMAGE, target={"flops": 0.7}, engine="torch-pruning")
     assert small.slimkit_pruning.frozen["2"] == "2 (Conv2d) cannot be cut"
     assert (small[2].in_channels, small[2].out_channels, small[2].groups) == (8, 8, 2)
 
@@ -347,9 +353,9 @@ def test_depthwise_convolution_shrinks_with_its_channels():
     assert layer.groups == layer.in_channels == layer.out_channels < 8
 
 
-def test_layers_around_a_functional_call_stay_whole_and_others_are_cut():
+def test_second_engine_leaves_layers_around_a_functional_call_whole_and_cuts_others():
     model = functional_call()
-    small = prune(model, IMAGE, target={"flops": 0.8})
+    small = prune(model, IMAGE, target={"flops": 0.8}, engine="torch-pruning")
     assert (small.a.out_channels, small.b.out_channels, small.c.out_channels < 16) == (8, 6, True)
     expected = silenced(model, small.slimkit_pruning.kept)(IMAGE)
     assert torch.allclose(small(IMAGE), expected, rtol=1e-4, atol=1e-5)
@@ -365,18 +371,26 @@ def test_layer_with_a_weight_computed_in_its_forward_is_cut_to_the_target():
     assert counted(small, (torch.zeros(1, 8),)) <= 0.5 * (8 * 16 + 16 * 12 + 12 * 2)
 
 
-def test_layer_whose_weight_is_made_by_a_parametrization_stays_whole():
+@pytest.mark.parametrize(
+    ("engine", "layer", "reason"),
+    [
+        ("export", "0.parametrizations.weight", "the operation _weight_norm is not understood"),
+        ("torch-pruning", "0", "0.weight is computed from other parameters"),
+    ],
+)
+def test_layer_whose_weight_is_made_by_a_parametrization_stays_whole(engine, layer, reason):
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 16))
     model = nn.Sequential(normed, nn.Linear(16, 12), nn.Linear(12, 2))
-    small = prune(model, torch.zeros(1, 8), target={"flops": 0.8})
-    reason = small.slimkit_pruning.frozen["0"]
-    assert reason == "0.weight is computed from other parameters"
+    small = prune(model, torch.zeros(1, 8), target={"flops": 0.8}, engine=engine)
+    assert small[0].weight.shape == (16, 8)
+    assert small.slimkit_pruning.frozen[layer] == reason
 
 
-def test_layer_whose_halves_are_read_apart_stays_whole():
-    model = chunked()
-    small = prune(model, torch.randn(2, 8), target=HALF)
-    assert small.stem.out_features == 8
+def test_layer_whose_halves_are_read_apart_loses_the_same_positions_of_both():
+    small = prune(chunked(), torch.randn(2, 8), target={"ratio": 0.5})
+    first, second = torch.tensor(small.slimkit_pruning.kept["stem.weight"][0]).chunk(2)
+    assert first.tolist() == (second - 4).tolist()
+    assert small.a.in_features == small.b.in_features == 2
 
 
 def test_criterion_may_be_an_object():

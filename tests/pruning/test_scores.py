@@ -66,7 +66,7 @@ def test_scores_of_every_group_have_mean_one():
     means = [
         s.mean().item() for s in group_scores(model, find_groups(model, inputs), L1()).values()
     ]
-    assert means == pytest.approx([1.0] * 3)
+    assert means == pytest.approx([1.0] * 2)
 
 
 def test_scores_that_are_all_zero_stay_zero():

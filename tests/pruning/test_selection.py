@@ -160,11 +160,10 @@ def test_equal_scores_keep_the_first_channels():
 
 def test_target_out_of_reach_says_the_best_that_is_in_reach():
     model, inputs = grouped().eval(), (torch.zeros(1, 3, 8, 8),)
-    chooser = Selector(model, analyse(model, inputs), inputs)
-    # only the 16 channels between the last two convolutions may go, down to 1
-    fixed, per_channel = 64 * 9 * (3 * 8 + 4 * 8), 64 * 9 * (8 + 4)
-    best = (fixed + per_channel) / (fixed + 16 * per_channel)
-    with pytest.raises(PruningError, match=rf"{best:.3f} is left\. Left whole: .*cannot be cut"):
+    chooser = Selector(model, analyse(model, inputs, protect=["2"]), inputs)
+    # "2" keeps 8 channels in 2 groups; one channel of a group is left of "0", and one of "4"
+    best = (3 * 2 + 8 * 1 + 8 * 1 + 1 * 4) / (3 * 8 + 8 * 4 + 8 * 16 + 16 * 4)
+    with pytest.raises(PruningError, match=rf"{best:.3f} is left\. Left whole: .*protected by '2'"):
         chooser.choose(scores_of(chooser), Target("flops", 0.05))
 
 

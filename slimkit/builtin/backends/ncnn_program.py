@@ -22,6 +22,9 @@ class Marker(nn.Module):
         return x + 1.0
 
 
+# Far from the small seeds that people choose: a placeholder that equals a weight of the model
+# (an nn.Embedding right after torch.manual_seed(0)) would be found in its place.
+PLACEHOLDERS = 7_767_517_000_000
 MARKER = f"{Marker.__module__}.{Marker.__qualname__}"
 
 
@@ -77,7 +80,7 @@ def _mark_(module: fx.GraphModule, node: fx.Node, i: int) -> Rounding:
             f"{low}..{high} around {zero}: use the grid of this backend's scheme"
         )
     integers, weight_scale = _integers(module, w)
-    random = torch.Generator().manual_seed(i)
+    random = torch.Generator().manual_seed(PLACEHOLDERS + i)
     placeholder = torch.randn(integers.shape, generator=random)
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     module.add_module(f"marker_{i}", Marker())
