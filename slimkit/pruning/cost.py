@@ -22,7 +22,7 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
 
     Convolutions, linear layers and matrix products count; additions and activations do not.
     """
-    probe = copied(model).eval()
+    probe = copied(model, share=True).eval()
     with FlopCounterMode(display=False) as counter:
         probe(*example_inputs)
     return int(counter.get_total_flops()) // 2
@@ -77,7 +77,7 @@ class CostModel:
     def of(cls, model: nn.Module, example_inputs: tuple[Any, ...]) -> CostModel:
         """Measure `model` once."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        probe = copied(model).eval()
+        probe = copied(model, share=True).eval()
         counter = _Uses(probe)
         with counter:
             probe(*example_inputs)

@@ -28,7 +28,7 @@ def groups_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupl
     Raises:
         PruningError: torch.export cannot write the model down.
     """
-    probe = copied(model).eval()
+    probe = copied(model, share=True).eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -114,7 +114,7 @@ def cut_to_target_(
     aim = target
     for _ in range(4):
         choice = selector.choose(scores, aim)
-        probe = copied(model)
+        probe = copied(model, share=True)
         report = cut_(probe, coupling, choice.kept, inputs)
         if target.measure == "ratio":
             break

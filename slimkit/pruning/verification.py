@@ -77,7 +77,7 @@ def _failure(model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...])
         stay = [best(*choice) for choice in zip(groups, orders, sizes, strict=True)]
         reason = _difference(model, list(zip(groups, stay, strict=True)), inputs)
         if reason == OTHERWISE and all(_is_even(group) for group in groups):
-            original = tensors_of(copied(model).eval()(*inputs))
+            original = tensors_of(copied(model, share=True).eval()(*inputs))
             return "" if _same(original, _permuted(model, groups, inputs)) else reason
         if reason:
             return reason
@@ -88,7 +88,7 @@ def _difference(
     model: nn.Module, kept: Sequence[tuple[Group, Tensor]], inputs: tuple[Any, ...]
 ) -> str:
     """How removing all channels but `kept` differs from zeroing them; empty if it does not."""
-    zeroed, removed = copied(model).eval(), copied(model).eval()
+    zeroed, removed = (copied(model, share=True).eval() for _ in range(2))
     for group, stay in kept:
         _zero_(zeroed, group, stay)
     try:
@@ -114,7 +114,8 @@ def _zero_(model: nn.Module, group: Group, stay: Tensor) -> None:
     for member in group.members:
         if member.role == "out" and not member.tensor.endswith("running_var"):
             gone = (~keep[member.channel]).nonzero().flatten()
-            tensors[member.tensor].data.index_fill_(member.dim, gone, 0.0)
+            tensor = tensors[member.tensor]
+            tensor.data = tensor.data.index_fill(member.dim, gone.to(tensor.device), 0.0)
 
 
 def _is_even(group: Group) -> bool:
@@ -126,7 +127,7 @@ def _is_even(group: Group) -> bool:
 def _permuted(model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...]) -> list[Tensor]:
     """The outputs after permuting the channels of all groups in all their tensors."""
     generator = torch.Generator().manual_seed(1)
-    probe = copied(model).eval()
+    probe = copied(model, share=True).eval()
     tensors = tensors_by_name(probe)
     for group in groups:
         order = torch.randperm(group.channels, generator=generator)
@@ -140,8 +141,11 @@ def _permuted(model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...]
 def _moved(member: Member, order: Tensor) -> Tensor:
     """Which old position each new position takes when channel c becomes channel order[c]."""
     source = torch.arange(len(member.channel))
-    for new, old in enumerate(order.tolist()):
-        source[member.channel == new] = (member.channel == old).nonzero().flatten()
+    held = (member.channel >= 0).nonzero().flatten()
+    if not held.numel():
+        return source
+    by_channel = held[torch.argsort(member.channel[held], stable=True)].reshape(len(order), -1)
+    source[by_channel] = by_channel[order]  # row c: where channel c lives, in order
     return source
 
 

@@ -254,8 +254,8 @@ def test_another_recipe_does_not_go_on_from_the_old_checkpoint(project: Project)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": None}, "the recipe names no model"),
-        ({"data": None}, "the recipe names no data"),
+        ({"model": None}, "model: is required"),
+        ({"data": None}, "data: is required"),
         ({"model": "mine:nett"}, "has no 'nett'; did you mean 'net'"),
         ({"model": "mine:raising"}, "mine:raising() failed: ValueError: no such backbone"),
         ({"model": "mine:wrong"}, "must return a Module, but returned str"),
