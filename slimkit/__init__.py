@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimkit.deploy.artifact import load
     from slimkit.deploy.export import Artifact, export
+    from slimkit.deploy.save import save
     from slimkit.errors import SlimkitError
     from slimkit.hookspecs import Plugin, hookimpl
     from slimkit.pruning.prune import prune
@@ -29,6 +30,7 @@ _WHERE = {
     "load": "slimkit.deploy.artifact",
     "prune": "slimkit.pruning.prune",
     "quantize": "slimkit.quantization.calibration",
+    "save": "slimkit.deploy.save",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "load",
     "prune",
     "quantize",
+    "save",
 ]
 
 

@@ -34,8 +34,13 @@ def _devices(value: Any) -> Any:
     return value
 
 
+def is_import_path(value: str) -> bool:
+    """Whether this reads ``package.module:name``."""
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value) is not None
+
+
 def _import_path(value: str) -> str:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value):
+    if not is_import_path(value):
         raise ValueError(f"should look like 'package.module:name', not {value!r}")
     return value
 

@@ -13,6 +13,7 @@ from slimkit.errors import SlimkitError
 COMMANDS = {
     "run": "slimkit.cli.run:run",
     "check": "slimkit.cli.check:check",
+    "prune": "slimkit.cli.prune:prune",
     "list-plugins": "slimkit.cli.list_plugins:list_plugins",
 }
 

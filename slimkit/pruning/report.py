@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from slimkit.pruning.removal import Kept
 
@@ -24,6 +25,19 @@ class PruningReport:
     macs: tuple[int, int]
     parameters: tuple[int, int]
     kept: Kept = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, without the kept positions."""
+        groups = {
+            name: {"channels": before, "kept": after, "layers": layers}
+            for name, (before, after, layers) in self.groups.items()
+        }
+        return {
+            "macs": {"before": self.macs[0], "after": self.macs[1]},
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+            "groups": groups,
+            "left_whole": self.frozen,
+        }
 
     def __str__(self) -> str:
         """A table for people."""

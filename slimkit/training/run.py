@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,7 +17,6 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -38,6 +36,7 @@ from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
+from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
 
@@ -89,7 +88,7 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     model = build(model_import.model_dump(), "model", nn.Module)
     if recipe.weights is not None:
-        _load_weights(model, recipe.weights)
+        load_weights(model, recipe.weights)
     with timing.part("training the dense model"):
         model = _pretrained(recipe, model, data, work, say)
     module = SlimModule(model, recipe)
@@ -131,21 +130,6 @@ def _check_loaders(data: pl.LightningDataModule) -> None:
 def _same_run(work: Path, key: str) -> bool:
     note = work / "recipe.sha256"
     return note.is_file() and note.read_text() == key
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict):
-                raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
-            state = state.get("state_dict", state)
-        model.load_state_dict(state, strict=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
-        first = "\n  ".join(str(error).splitlines()[:4])
-        raise SlimkitError(f"weights: {path} cannot be loaded into the model: {first}") from error
 
 
 def _trainer(recipe: Recipe, work: Path, max_epochs: int, **more: Any) -> pl.Trainer:

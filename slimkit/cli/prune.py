@@ -1,0 +1,159 @@
+"""`slimkit prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--input",
+    "-i",
+    "inputs",
+    multiple=True,
+    required=True,
+    metavar="SHAPE[:DTYPE]",
+    help="Shape of an example input with its batch, such as 1,3,224,224 or 1,64:int64; once for "
+    "each input.",
+)
+@click.option(
+    "--target",
+    "-t",
+    default="flops=0.5",
+    show_default=True,
+    metavar="MEASURE=VALUE",
+    help="How far: flops or params (the fraction that is left), or ratio (of channels removed).",
+)
+@click.option("--criterion", "-c", default="l1", show_default=True, help="A plugin's name.")
+@click.option(
+    "--protect",
+    "-p",
+    multiple=True,
+    metavar="PATTERN",
+    help="Layers that keep all their channels; * and ? allowed; may be repeated.",
+)
+@click.option("--round-to", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--min-channels", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="State dict (.safetensors or .pt) to load first.",
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the small model.  [default: runs/<function's name>]",
+)
+@click.option("--plan", is_flag=True, help="Only show what would be cut; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def prune(
+    model: str,
+    inputs: tuple[str, ...],
+    target: str,
+    criterion: str,
+    protect: tuple[str, ...],
+    round_to: int,
+    min_channels: int,
+    weights: Path | None,
+    output: Path | None,
+    plan: bool,
+    as_json: bool,
+) -> None:
+    r"""Cut channels out of MODEL at once, without training, and save the small model.
+
+    MODEL is package.module:function, found in the current folder or among the installed packages.
+    Every group of coupled channels is verified before anything is cut; what stays whole is listed
+    with its reason. `slimkit.load(FOLDER)` gives the small model back, to train or to export it.
+
+    \b
+    Example:
+        slimkit prune my_models:resnet50 --input 1,3,224,224 --target flops=0.5 --plan
+    """
+    from slimkit.fields import is_import_path
+
+    if not is_import_path(model):
+        raise click.BadParameter(f"should look like 'package.module:function', not {model!r}")
+    measure, value = _target(target)
+    shapes = [_shape(text) for text in inputs]
+
+    import json
+    import warnings
+
+    from torch import nn
+
+    import slimkit
+    from slimkit.deploy.folder import check_target
+    from slimkit.importing import build
+    from slimkit.weights import load_weights
+
+    folder = output or Path("runs") / model.rpartition(":")[2]
+    if not plan:
+        check_target(folder)
+    dense = build({"target": model}, "model", nn.Module).eval()
+    if weights is not None:
+        load_weights(dense, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = slimkit.prune(
+            dense,
+            tuple(_example(*shape) for shape in shapes),
+            criterion,
+            target={measure: value},
+            protect=protect,
+            round_to=round_to,
+            min_channels=min_channels,
+        )
+    report: Any = small.slimkit_pruning
+    if not plan:
+        slimkit.save(small, folder, built_by=model)
+    if as_json:
+        where = {} if plan else {"directory": str(folder)}
+        click.echo(json.dumps({**report.as_dict(), **where}, indent=1))
+        return
+    click.echo(report)
+    saved = f"saved to {folder}: slimkit.load({str(folder)!r}) gives it back"
+    click.echo("nothing was written (--plan)" if plan else saved)
+
+
+def _target(text: str) -> tuple[str, float]:
+    measure, _, number = text.partition("=")
+    try:
+        return measure.strip(), float(number)
+    except ValueError:
+        raise click.BadParameter(
+            f"should be such as flops=0.5, not {text!r}", param_hint="--target"
+        ) from None
+
+
+def _shape(text: str) -> tuple[tuple[int, ...], str]:
+    sizes, _, dtype = text.partition(":")
+    try:
+        shape = tuple(int(size) for size in sizes.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise click.BadParameter(
+            f"should be sizes such as 1,3,224,224, not {text!r}", param_hint="--input"
+        )
+    return shape, dtype or "float32"
+
+
+def _example(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Noise of that shape; zeros and ones of an integer type, which any table has."""
+    import torch
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise click.BadParameter(f"torch has no type {dtype!r}", param_hint="--input")
+    generator = torch.Generator().manual_seed(0)
+    if kind.is_floating_point:
+        return torch.randn(shape, generator=generator).to(kind)
+    return torch.randint(0, 2, shape, generator=generator).to(kind)

@@ -1,0 +1,33 @@
+"""Loads a state dict from a file into a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from slimkit.errors import SlimkitError
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a .safetensors file, or a .pt file of tensors only, strictly.
+
+    Raises:
+        SlimkitError: the file cannot be read or does not fit the model.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
+            state = state.get("state_dict", state)
+        model.load_state_dict(state, strict=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
+        first = "\n  ".join(str(error).splitlines()[:4])
+        raise SlimkitError(f"weights: {path} cannot be loaded into the model: {first}") from error

@@ -1,0 +1,85 @@
+"""`slimkit prune` cuts a model of the user's at once, or only shows the plan."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import slimkit
+from slimkit.demo.digits import resnet
+
+NET = ("slimkit.demo.digits:resnet", "--input", "1,1,8,8")
+
+
+@pytest.fixture
+def prune(tmp_path):
+    """Runs `slimkit prune` in a fresh folder."""
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, "-m", "slimkit", "prune", *args],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def test_the_small_model_is_saved_and_loads_by_the_function_s_path(prune, tmp_path):
+    torch.save(resnet().state_dict(), tmp_path / "dense.pt")
+    done = prune(*NET, "--weights", "dense.pt", "-o", "small", "--target", "flops=0.4")
+    assert done.returncode == 0, done.stderr
+    assert "saved to small: slimkit.load('small') gives it back" in done.stdout
+    small = slimkit.load(tmp_path / "small")
+    before, after = small.slimkit_pruning.macs
+    assert 0.35 < after / before <= 0.41
+    assert small(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_the_plan_lists_groups_and_reasons_and_writes_nothing(prune, tmp_path):
+    done = prune(*NET, "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "stage2.0.conv1 " in done.stdout
+    assert "left whole: its channels are the model's output" in done.stdout
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_plan_as_json(prune):
+    plan = json.loads(prune(*NET, "--plan", "--json", "--protect", "stage1.0.conv?").stdout)
+    assert plan["left_whole"]["stage1.0.conv1"] == "protected by 'stage1.0.conv?'"
+    assert plan["groups"]["stage2.0.conv1"]["channels"] == 128
+    assert plan["macs"]["after"] <= 0.51 * plan["macs"]["before"]
+
+
+def test_token_ids_are_whole_numbers(prune, tmp_path):
+    (tmp_path / "tokens.py").write_text(
+        "from torch import nn\n\n\ndef net():\n"
+        "    return nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 32), nn.Linear(32, 4))\n"
+    )
+    done = prune("tokens:net", "--input", "1,12:int64", "--plan")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("digits", "-i", "1"), "should look like 'package.module:function', not 'digits'"),
+        ((*NET, "--target", "half"), "should be such as flops=0.5, not 'half'"),
+        ((*NET, "--target", "flop=0.5"), "target must name exactly one of"),
+        (("slimkit.demo.digits:resnet", "-i", "1,1,x"), "should be sizes such as 1,3,224,224"),
+        (("slimkit.demo.digits:resnet", "-i", "1,1:f3"), "torch has no type 'f3'"),
+        (("slimkit.demo.digits:resnett", "-i", "1"), "did you mean 'resnet'?"),
+        ((*NET, "--weights", "gone.pt"), "'gone.pt' does not exist"),
+        ((*NET, "--output", "full"), "will not replace it"),
+    ],
+)
+def test_bad_input_exits_with_2_and_says_what(prune, tmp_path, args, said):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "theirs").touch()
+    done = prune(*args)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
+    assert done.stdout == ""
