@@ -38,11 +38,14 @@ class Group:
         name: the first layer of the model that makes the channels.
         channels: how many there are.
         members: the tensors that carry them.
+        doubtful: whether they pass an operation with a size in it (a view, a split) that may be a
+            constant of the user's code, or may follow the channels: only running it tells.
     """
 
     name: str
     channels: int
     members: tuple[Member, ...]
+    doubtful: bool = False
 
     @property
     def layers(self) -> list[str]:

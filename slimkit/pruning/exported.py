@@ -112,7 +112,11 @@ def _grouped(walk: Propagation, tensors: dict[str, Tensor]) -> Coupling:
                     members[key].append(Member(tensor, d, role, channel, norm))
     for key in [key for key in names if len(numbers[key]) == 1]:
         frozen[names.pop(key)] = "it has a single channel"
-    groups = [Group(name, len(numbers[key]), tuple(members[key])) for key, name in names.items()]
+    doubted = {root for ids in walk.doubts for root in labels[ids].tolist()}
+    groups = [
+        Group(name, len(numbers[key]), tuple(members[key]), not doubted.isdisjoint(numbers[key]))
+        for key, name in names.items()
+    ]
     return Coupling(tuple(groups), frozen)
 
 

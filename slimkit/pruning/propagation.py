@@ -46,6 +46,7 @@ class Propagation:
         self.reads: set[Place] = set()  # where channels are read
         self.makes: set[Place] = set()  # where channels are made
         self.norms: dict[str, str] = {}  # weight -> the batch-norm right behind
+        self.doubts: list[Ids] = []  # channels behind a size that may be a constant
         self._values: dict[fx.Node, Any] = {}
         self._weights: set[fx.Node] = set()  # parameters, buffers and what is computed from them
         self._makers: dict[fx.Node, set[Place]] = {}

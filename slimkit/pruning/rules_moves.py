@@ -56,6 +56,8 @@ def _parts(walk: Propagation, node: fx.Node, name: str, dim: int) -> Any:
     bounds = np.cumsum(sizes)[:-1]
     parts = np.split(x[d], bounds)
     if is_free(x[d]):
+        if name != "chunk":
+            walk.doubts.append(x[d])
         if len(set(sizes)) == 1:
             walk.ids.tie_rows(np.stack(parts), f"{name} into equal parts")
         else:
@@ -239,6 +241,7 @@ def _reshaped(walk: Propagation, dims: Dims, sizes: list[int], name: str) -> Dim
 
     if not free:
         return along({})
+    walk.doubts += [long[d] for d in free]
     if len(long) == 1:
         parts = [long[0]] if len(big) == 1 else walk.ids.split(long[0], [sizes[k] for k in big])
         if parts is not None:

@@ -25,7 +25,8 @@ OTHERWISE = "removing its channels changes the output otherwise than zeroing the
 def verified(model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...]) -> Coupling:
     """The same coupling without the groups that fail, each frozen with its reason.
 
-    All groups are tried at once first; what fails is halved until the culprits are alone.
+    All groups are tried at once first, then the doubtful apart from the others; what fails is
+    halved until the culprits are alone.
     """
     inputs = tuple(map_tensors(_lively, x) for x in inputs)
     if not coupling.groups:
@@ -51,11 +52,13 @@ def _holding(
     if len(groups) == 1:
         frozen[groups[0].name] = reason
         return []
-    middle = len(groups) // 2
-    return [
-        *_holding(model, groups[:middle], inputs, frozen),
-        *_holding(model, groups[middle:], inputs, frozen),
-    ]
+    parts: list[Sequence[Group]]
+    parts = [[g for g in groups if g.doubtful is doubt] for doubt in (False, True)]
+    if not all(parts):
+        middle = len(groups) // 2
+        parts = [groups[:middle], groups[middle:]]
+    good = [group for part in parts for group in _holding(model, part, inputs, frozen)]
+    return [group for group in groups if any(group is one for one in good)]
 
 
 def _lively(x: Tensor) -> Tensor:
@@ -88,15 +91,16 @@ def _difference(
     model: nn.Module, kept: Sequence[tuple[Group, Tensor]], inputs: tuple[Any, ...]
 ) -> str:
     """How removing all channels but `kept` differs from zeroing them; empty if it does not."""
-    zeroed, removed = (copied(model, share=True).eval() for _ in range(2))
-    for group, stay in kept:
-        _zero_(zeroed, group, stay)
+    removed = copied(model, share=True).eval()
     try:
         remove_(removed, kept_positions(kept))
         after = tensors_of(removed(*inputs))
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
         return f"the cut model does not run: {type(error).__name__}: {said}"
+    zeroed = copied(model, share=True).eval()
+    for group, stay in kept:
+        _zero_(zeroed, group, stay)
     expected = tensors_of(zeroed(*inputs))
     if [x.shape for x in expected] != [x.shape for x in after]:
         return "its channels are the model's output"

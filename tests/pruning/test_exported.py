@@ -210,6 +210,23 @@ def test_equal_parts_lose_the_same_positions(split):
     assert proven(model, IMAGE) == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("move", "doubtful"),
+    [
+        (lambda x: sum(x.chunk(2, 1)), False),
+        (lambda x: sum(x.split(4, 1)), True),
+        (lambda x: x.flatten(1).view(len(x), 4, 4, -1).transpose(1, 3)[:, :4], True),
+        (lambda x: x.mean(-1).view(len(x), -1, 1, 1)[:, :, :1], True),
+        (lambda x: x.mean((2, 3), keepdim=True) + functional.relu(x), False),
+    ],
+)
+def test_channels_behind_a_size_that_may_be_a_constant_are_doubtful(move, doubtful):
+    width = move(torch.zeros(2, 8, 4, 4)).shape[1]
+    model = between(lambda net, x: move(x), 8, width)
+    coupling = find_groups(model.eval(), (IMAGE,))
+    assert [group.doubtful for group in coupling.groups] == [doubtful] * len(coupling.groups)
+
+
 def test_gated_linear_unit_loses_the_same_positions_of_both_halves():
     model = between(lambda net, x: functional.glu(x, 1), 8, 4)
     group = found(model, IMAGE)["a"]
