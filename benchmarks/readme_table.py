@@ -1,6 +1,7 @@
-"""Writes the table of an artifact into the README, between its markers.
+"""Writes the table of an artifact into a Markdown file, between its markers.
 
 python benchmarks/readme_table.py runs/demo
+python benchmarks/readme_table.py runs/cifar10 benchmarks/cifar10/README.md
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from slimkit.report.table import cells, footnote, headings
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- demo table: {} -->", "<!-- end of demo table -->"
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- table: {} -->", "<!-- end of table -->"
 
 
 def table(artifact: Path) -> str:
@@ -41,14 +42,18 @@ def cpu() -> str:
     return found.group(1) if found else platform.processor()
 
 
-def main(artifact: str) -> None:
+def main(artifact: str, file: str = "README.md") -> None:
     """Replace what stands between the markers."""
-    text = README.read_text()
-    begin = BEGIN.format(f"python benchmarks/readme_table.py {artifact}")
-    pattern = re.compile(r"<!-- demo table: .*? -->.*?" + re.escape(END), re.DOTALL)
+    path = ROOT / file
+    text = path.read_text()
+    where = "" if file == "README.md" else f" {file}"
+    begin = BEGIN.format(f"python benchmarks/readme_table.py {artifact}{where}")
+    pattern = re.compile(r"<!-- table: .*? -->.*?" + re.escape(END), re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{path} has no place for a table: write {begin} and {END} into it")
     new = f"{begin}\n{table(Path(artifact))}\n{END}"
-    README.write_text(pattern.sub(lambda _: new, text))
+    path.write_text(pattern.sub(lambda _: new, text))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -55,6 +55,8 @@ def verdict(row: dict[str, Any], target: float) -> str:
         return "failed"
     if not (row["shapes"] and row["finite"]):
         return "wrong output"
+    if not row["alive"]:
+        return "the output is constant, so this proves nothing"
     if row.get("error", 0.0) > TOLERANCE:
         return "wrong numbers"
     if not (row["backward"] and row["exports"]):

@@ -55,7 +55,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Coupling:
-    """All groups of a model, and what must stay whole with the reason."""
+    """All groups of a model, and what must stay whole with the reason.
+
+    Args:
+        groups: what may be cut.
+        frozen: a layer's name to the reason.
+        training: whether some layers run in training mode only (auxiliary heads), so that a cut
+            must be tried there too.
+    """
 
     groups: tuple[Group, ...]
     frozen: dict[str, str]
+    training: bool = False

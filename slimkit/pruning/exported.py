@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from slimkit.copies import copied
@@ -30,9 +33,7 @@ def groups_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupl
     """
     probe = copied(model, share=True).eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(probe, example_inputs, strict=False)
+        programs = [_written(probe, example_inputs)]
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else ""
         raise PruningError(
@@ -40,11 +41,40 @@ def groups_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupl
             f"{type(error).__name__}: {first} - check that model(*example_inputs) runs in "
             "evaluation mode and that its forward does not depend on the values of its data"
         ) from error
+    training = _leaves_out(programs[0])
+    if training:  # layers for the training only read channels as well
+        with suppress(Exception):  # then verification tells what stays
+            programs.append(_written(probe.train(), example_inputs))
     walk = Propagation(
         Identities(), {**rules_values.RULES, **rules_moves.RULES, **rules_layers.RULES}
     )
     tensors = tensors_by_name(probe)
     owners = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    for program in programs:
+        _follow(program, walk, tensors, owners)
+    return replace(_grouped(walk, tensors), training=training)
+
+
+def _written(model: nn.Module, example_inputs: tuple[Any, ...]) -> ExportedProgram:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, example_inputs, strict=False)
+
+
+def _leaves_out(program: ExportedProgram) -> bool:
+    """Whether the graph has parameters that nothing reads."""
+    parameters = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.PARAMETER
+    }
+    return any(node.name in parameters and not node.users for node in program.graph.nodes)
+
+
+def _follow(
+    program: ExportedProgram, walk: Propagation, tensors: dict[str, Tensor], owners: dict[int, str]
+) -> None:
+    """Carry identities through one graph, from its inputs to its outputs."""
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -56,7 +86,6 @@ def groups_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupl
             for source in node.all_input_nodes:
                 for dims in tensors_of_value(walk.value(source)):
                     walk.freeze(dims, "its channels are the model's output")
-    return _grouped(walk, tensors)
 
 
 def _enter(walk: Propagation, node: fx.Node, spec: Any, tied: str | None) -> None:

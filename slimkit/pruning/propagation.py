@@ -32,7 +32,7 @@ class NotFollowedError(Exception):
 
 
 class Propagation:
-    """Walks a graph once; `ids`, `tensors`, `reads`, `makes` and `norms` tell the rest.
+    """Walks the graphs of a model; `ids`, `tensors`, `reads`, `makes` and `norms` tell the rest.
 
     Args:
         ids: where identities come from.
@@ -57,9 +57,11 @@ class Propagation:
     def state(self, node: fx.Node, name: str, shape: Sequence[int], tied: str | None) -> None:
         """Give a parameter or buffer identities: its own, or those of the one that it is `tied` to.
 
-        All of them must come before the first operation.
+        All of them must come before the first operation of the first graph.
         """
-        if tied is not None and tied in self.tensors:
+        if name in self.tensors:  # in another graph of the same model
+            dims = self.tensors[name]
+        elif tied is not None and tied in self.tensors:
             dims = self.tensors[tied]
             for places in self._places:
                 places |= {(name, d) for owner, d in places if owner == tied}

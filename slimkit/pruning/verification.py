@@ -8,6 +8,7 @@ consistently in all coupled tensors leaves the output unchanged.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,25 +29,23 @@ def verified(model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...]) -> C
     All groups are tried at once first, then the doubtful apart from the others; what fails is
     halved until the culprits are alone.
     """
-    inputs = tuple(map_tensors(_lively, x) for x in inputs)
     if not coupling.groups:
         return coupling
     frozen = dict(coupling.frozen)
-    good = _holding(model, coupling.groups, inputs, frozen)
+    trial = Trial(model, inputs, training=coupling.training)
+    good = _holding(trial, coupling.groups, frozen)
     if len(good) == len(coupling.groups):
         return coupling
-    reason = _failure(model, good, inputs) if good else ""
+    reason = trial.failure(good) if good else ""
     while reason and good:  # single groups hold but not all together: drop from the end
         frozen[good.pop().name] = f"together with other groups, {reason}"
-        reason = _failure(model, good, inputs) if good else ""
-    return Coupling(tuple(good), frozen)
+        reason = trial.failure(good) if good else ""
+    return replace(coupling, groups=tuple(good), frozen=frozen)
 
 
-def _holding(
-    model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...], frozen: dict[str, str]
-) -> list[Group]:
+def _holding(trial: Trial, groups: Sequence[Group], frozen: dict[str, str]) -> list[Group]:
     """The groups that can be removed; the others go into `frozen` with their reason."""
-    reason = _failure(model, groups, inputs)
+    reason = trial.failure(groups)
     if not reason:
         return list(groups)
     if len(groups) == 1:
@@ -57,8 +56,101 @@ def _holding(
     if not all(parts):
         middle = len(groups) // 2
         parts = [groups[:middle], groups[middle:]]
-    good = [group for part in parts for group in _holding(model, part, inputs, frozen)]
+    good = [group for part in parts for group in _holding(trial, part, frozen)]
     return [group for group in groups if any(group is one for one in good)]
+
+
+class Trial:
+    """A model to try cuts on, in which every channel matters.
+
+    What is all one value would prove nothing: inputs, and tensors that were never trained (gammas
+    of one, heads of zero), become noise.
+
+    Args:
+        model: is not changed.
+        inputs: the forward's arguments.
+        training: whether cuts must run in training mode too.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> None:
+        self.model = copied(model, share=True)
+        self.inputs = tuple(map_tensors(_lively, x) for x in inputs)
+        generator = torch.Generator().manual_seed(3)
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            if _is_flat(tensor):
+                tensor.data = _noise_around(tensor.data, generator)
+        self.training = training and not self._crash(self._copy().train())
+
+    @torch.no_grad()
+    def failure(self, groups: Sequence[Group]) -> str:
+        """Why removing half of each group is wrong; empty if it is right."""
+        generator = torch.Generator().manual_seed(0)
+        sizes = [max(1, group.channels // 2) for group in groups]
+        some = [torch.randperm(g.channels, generator=generator) for g in groups]
+        first = [torch.arange(g.channels) for g in groups]  # a random half can mirror itself
+        for orders in (some, first):
+            stay = [best(*choice) for choice in zip(groups, orders, sizes, strict=True)]
+            kept = list(zip(groups, stay, strict=True))
+            reason = self._difference(kept)
+            if reason == OTHERWISE and all(_is_even(group) for group in groups):
+                original = tensors_of(self._copy().eval()(*self.inputs))
+                reason = "" if _same(original, self._permuted(groups)) else reason
+                return reason or self._failure_in_training(kept)
+            if reason:
+                return reason
+        return self._failure_in_training(kept)
+
+    def _copy(self) -> nn.Module:
+        return copied(self.model, share=True)
+
+    @torch.no_grad()
+    def _crash(self, model: nn.Module) -> str:
+        """What a forward raises, in one line; empty if it runs."""
+        try:
+            model(*self.inputs)
+        except Exception as error:
+            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return ""
+
+    def _failure_in_training(self, kept: Sequence[tuple[Group, Tensor]]) -> str:
+        if not self.training:
+            return ""
+        removed = self._copy().train()
+        remove_(removed, kept_positions(kept))
+        crash = self._crash(removed)
+        return f"the cut model does not run in training mode: {crash}" if crash else ""
+
+    def _difference(self, kept: Sequence[tuple[Group, Tensor]]) -> str:
+        """How removing all channels but `kept` differs from zeroing them; empty if it does not."""
+        removed = self._copy().eval()
+        try:
+            remove_(removed, kept_positions(kept))
+            after = tensors_of(removed(*self.inputs))
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            return f"the cut model does not run: {type(error).__name__}: {said}"
+        zeroed = self._copy().eval()
+        for group, stay in kept:
+            _zero_(zeroed, group, stay)
+        expected = tensors_of(zeroed(*self.inputs))
+        if [x.shape for x in expected] != [x.shape for x in after]:
+            return "its channels are the model's output"
+        if any(x.isnan().any() for x in expected):
+            return "zeroing its channels gives NaN"
+        return "" if _same(expected, after) else OTHERWISE
+
+    def _permuted(self, groups: Sequence[Group]) -> list[Tensor]:
+        """The outputs after permuting the channels of all groups in all their tensors."""
+        generator = torch.Generator().manual_seed(1)
+        probe = self._copy().eval()
+        tensors = tensors_by_name(probe)
+        for group in groups:
+            order = torch.randperm(group.channels, generator=generator)
+            for member in group.members:
+                source = _moved(member, order)
+                data = tensors[member.tensor].data
+                tensors[member.tensor].data = data.index_select(member.dim, source.to(data.device))
+        return tensors_of(probe(*self.inputs))
 
 
 def _lively(x: Tensor) -> Tensor:
@@ -69,44 +161,16 @@ def _lively(x: Tensor) -> Tensor:
     return noise.to(x.device, x.dtype)
 
 
-@torch.no_grad()
-def _failure(model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...]) -> str:
-    """Why removing half of each group is wrong; empty if it is right."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [max(1, group.channels // 2) for group in groups]
-    some = [torch.randperm(g.channels, generator=generator) for g in groups]
-    first = [torch.arange(g.channels) for g in groups]  # a random half can be its own mirror image
-    for orders in (some, first):
-        stay = [best(*choice) for choice in zip(groups, orders, sizes, strict=True)]
-        reason = _difference(model, list(zip(groups, stay, strict=True)), inputs)
-        if reason == OTHERWISE and all(_is_even(group) for group in groups):
-            original = tensors_of(copied(model, share=True).eval()(*inputs))
-            return "" if _same(original, _permuted(model, groups, inputs)) else reason
-        if reason:
-            return reason
-    return ""
+def _is_flat(tensor: Tensor) -> bool:
+    """Whether several numbers are all the same."""
+    return tensor.is_floating_point() and tensor.numel() > 1 and bool(tensor.max() == tensor.min())
 
 
-def _difference(
-    model: nn.Module, kept: Sequence[tuple[Group, Tensor]], inputs: tuple[Any, ...]
-) -> str:
-    """How removing all channels but `kept` differs from zeroing them; empty if it does not."""
-    removed = copied(model, share=True).eval()
-    try:
-        remove_(removed, kept_positions(kept))
-        after = tensors_of(removed(*inputs))
-    except Exception as error:
-        said = (str(error).splitlines() or [""])[0]
-        return f"the cut model does not run: {type(error).__name__}: {said}"
-    zeroed = copied(model, share=True).eval()
-    for group, stay in kept:
-        _zero_(zeroed, group, stay)
-    expected = tensors_of(zeroed(*inputs))
-    if [x.shape for x in expected] != [x.shape for x in after]:
-        return "its channels are the model's output"
-    if any(x.isnan().any() for x in expected):
-        return "zeroing its channels gives NaN"
-    return "" if _same(expected, after) else OTHERWISE
+def _noise_around(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise that keeps signals in scale: around 1 between 0.5 and 1.5; a weight by its fan-in."""
+    fan_in = tensor[0].numel() if tensor.dim() > 1 else 1
+    noise = torch.rand(tensor.shape, generator=generator) - 0.5
+    return tensor + (noise * (1 if fan_in == 1 else 3.5 / fan_in**0.5)).to(tensor)
 
 
 def _zero_(model: nn.Module, group: Group, stay: Tensor) -> None:
@@ -126,20 +190,6 @@ def _is_even(group: Group) -> bool:
     """Whether each tensor holds all channels equally often, so that they can change places."""
     counts = [m.channel[m.channel >= 0].bincount(minlength=group.channels) for m in group.members]
     return all((count == count[0]).all() for count in counts)
-
-
-def _permuted(model: nn.Module, groups: Sequence[Group], inputs: tuple[Any, ...]) -> list[Tensor]:
-    """The outputs after permuting the channels of all groups in all their tensors."""
-    generator = torch.Generator().manual_seed(1)
-    probe = copied(model, share=True).eval()
-    tensors = tensors_by_name(probe)
-    for group in groups:
-        order = torch.randperm(group.channels, generator=generator)
-        for member in group.members:
-            source = _moved(member, order)
-            data = tensors[member.tensor].data
-            tensors[member.tensor].data = data.index_select(member.dim, source.to(data.device))
-    return tensors_of(probe(*inputs))
 
 
 def _moved(member: Member, order: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import PRUNABLE, Net, chunked, flipped, make
 from torch import nn
+from torch.nn import functional
 
 from slimkit.pruning.coupling import Coupling, Group
 from slimkit.pruning.engines import find_groups
@@ -143,3 +144,50 @@ def test_verification_leaves_the_model_as_it_was():
     checked(model, *inputs)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert all(m.training for m in model.modules())
+
+
+def test_wrong_order_is_found_where_the_head_is_still_all_zero():
+    model = flipped()
+    model.b.weight.data.zero_()
+    assert "changes the output" in misread(model, X).frozen["a"]
+    assert not model.b.weight.any()
+
+
+def test_wrong_order_of_a_norm_is_found_where_it_was_never_trained():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    coupling = find_groups(model, (X,))
+    for member in coupling.groups[0].members:
+        if member.tensor.startswith("1."):
+            member.channel.copy_(member.channel.flip(0))
+    assert "changes the output" in verified(model, coupling, (X,)).frozen["0"]
+    assert (model[1].weight == 1).all()
+
+
+def auxiliary(side):
+    """A classifier with a second head that runs in training mode only."""
+
+    def flow(net, x):
+        x = functional.relu(net.a(x))
+        out = net.head(functional.relu(net.b(x)))
+        return (out, net.aux(side(x))) if net.training else out
+
+    layers = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 6), "head": nn.Linear(6, 4)}
+    return Net(flow, **layers, aux=nn.Linear(8, 4))
+
+
+def test_heads_for_the_training_only_are_cut_along_with_what_they_read():
+    model = auxiliary(lambda x: x).eval()
+    coupling = checked(model, X)
+    (group,) = [g for g in coupling.groups if g.name == "a"]
+    assert ("aux.weight", 1) in {(m.tensor, m.dim) for m in group.members}
+    assert coupling.frozen["aux"] == "its channels are the model's output"
+    assert names(coupling) == ["a", "b"]
+
+
+def test_group_that_a_head_for_the_training_only_cannot_lose_is_frozen():
+    def untraceable(x):  # torch.export cannot follow numbers into Python
+        return x if x.sum().item() > -1e9 else -x
+
+    coupling = checked(auxiliary(untraceable).eval(), X)
+    assert "does not run in training mode" in coupling.frozen["a"]
+    assert names(coupling) == ["b"]
