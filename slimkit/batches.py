@@ -72,6 +72,11 @@ def first_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(map_tensors(lambda t: t[:1].clone() if t.dim() else t, x) for x in inputs)
 
 
+def doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs twice in one batch, for what cannot be computed of one sample alone."""
+    return tuple(map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, x) for x in inputs)
+
+
 def to_cpu(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same inputs on the CPU, detached."""
     return tuple(map_tensors(lambda t: t.detach().cpu(), x) for x in inputs)

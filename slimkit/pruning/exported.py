@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from slimkit.batches import doubled
 from slimkit.copies import copied
 from slimkit.errors import PruningError
 from slimkit.pruning import rules_layers, rules_moves, rules_values
@@ -43,8 +44,10 @@ def groups_by_export(model: nn.Module, example_inputs: tuple[Any, ...]) -> Coupl
         ) from error
     training = _leaves_out(programs[0])
     if training:  # layers for the training only read channels as well
-        with suppress(Exception):  # then verification tells what stays
-            programs.append(_written(probe.train(), example_inputs))
+        for inputs in (example_inputs, doubled(example_inputs)):  # batch-norm may need two samples
+            with suppress(Exception):  # then verification tells what stays
+                programs.append(_written(probe.train(), inputs))
+                break
     walk = Propagation(
         Identities(), {**rules_values.RULES, **rules_moves.RULES, **rules_layers.RULES}
     )

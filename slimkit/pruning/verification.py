@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkit.batches import doubled
 from slimkit.calls import map_tensors
 from slimkit.copies import copied
 from slimkit.interfaces import tensors_of
@@ -79,7 +80,10 @@ class Trial:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             if _is_flat(tensor):
                 tensor.data = _noise_around(tensor.data, generator)
-        self.training = training and not self._crash(self._copy().train())
+        self.training_inputs: tuple[Any, ...] | None = None
+        for given in (self.inputs, doubled(self.inputs)) if training else ():
+            if self.training_inputs is None and not self._crash(self._copy().train(), given):
+                self.training_inputs = given
 
     @torch.no_grad()
     def failure(self, groups: Sequence[Group]) -> str:
@@ -104,20 +108,20 @@ class Trial:
         return copied(self.model, share=True)
 
     @torch.no_grad()
-    def _crash(self, model: nn.Module) -> str:
+    def _crash(self, model: nn.Module, inputs: tuple[Any, ...]) -> str:
         """What a forward raises, in one line; empty if it runs."""
         try:
-            model(*self.inputs)
+            model(*inputs)
         except Exception as error:
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return ""
 
     def _failure_in_training(self, kept: Sequence[tuple[Group, Tensor]]) -> str:
-        if not self.training:
+        if self.training_inputs is None:
             return ""
         removed = self._copy().train()
         remove_(removed, kept_positions(kept))
-        crash = self._crash(removed)
+        crash = self._crash(removed, self.training_inputs)
         return f"the cut model does not run in training mode: {crash}" if crash else ""
 
     def _difference(self, kept: Sequence[tuple[Group, Tensor]]) -> str:

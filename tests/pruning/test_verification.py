@@ -184,6 +184,11 @@ def test_heads_for_the_training_only_are_cut_along_with_what_they_read():
     assert names(coupling) == ["a", "b"]
 
 
+def test_head_for_the_training_only_that_needs_two_samples_is_cut_along():
+    model = auxiliary(lambda x: functional.batch_norm(x, None, None, training=True)).eval()
+    assert ("aux.weight", 1) in {(m.tensor, m.dim) for m in checked(model, X[:1]).groups[0].members}
+
+
 def test_group_that_a_head_for_the_training_only_cannot_lose_is_frozen():
     def untraceable(x):  # torch.export cannot follow numbers into Python
         return x if x.sum().item() > -1e9 else -x
