@@ -15,7 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Checkpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,6 +34,7 @@ from slimkit.recipe import Import, Recipe
 from slimkit.registry import discover
 from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders, Release, deploy, rejected
+from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
 from slimkit.weights import load_weights
@@ -187,16 +188,18 @@ def _pretrained(
 def _fit(module: SlimModule, data: pl.LightningDataModule, work: Path, say: Say) -> None:
     recipe = module.recipe
     last = work / "last.ckpt"
+    first = 0
     if last.is_file():
         say(f"going on from {last}")
-    keep = ModelCheckpoint(dirpath=work, filename="epoch", save_last=True, save_top_k=0)
+        first = int(torch.load(last, map_location="cpu", weights_only=False)["epoch"]) + 1
+    draws = Draws(recipe.trainer.seed, data, first)
     with muted(), _blaming_input():
         trainer = _trainer(
             recipe,
             work,
             recipe.trainer.max_epochs,
             enable_checkpointing=True,
-            callbacks=[keep, EpochLine(say)],
+            callbacks=[draws, KeepLast(last), EpochLine(say)],
         )
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
     if trainer.interrupted:
@@ -253,6 +256,24 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
         f"pruned at once to {report.macs[1] / report.macs[0]:.1%} of the MACs; "
         f"batch-norm re-estimated on {used} batches"
     )
+
+
+class KeepLast(Checkpoint):
+    """Keeps a checkpoint of the last epoch; a crash while it is written leaves the one before.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Write beside the file, then put it in place."""
+        partial = self.path.with_suffix(".partial")
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            partial.replace(self.path)
 
 
 class EpochLine(pl.Callback):

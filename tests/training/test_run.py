@@ -234,6 +234,7 @@ def test_a_killed_run_goes_on_with_the_same_command(project: Project) -> None:
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
     assert "epoch 1/4" not in done.stderr
+    assert "epoch 4/4" in done.stderr  # the kill came in the middle of the training
     assert not checkpoint.exists()
     resumed = project.manifest()["files"]["weights.safetensors"]
     assert project.here("--fresh", "-o", "whole").returncode == 0
