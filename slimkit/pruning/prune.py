@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 
 from slimkit.batches import as_inputs, finite, inputs_of
 from slimkit.copies import copied
-from slimkit.errors import PruningError, did_you_mean
+from slimkit.errors import PruningError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import macs, parameters
-from slimkit.pruning.coupling import Coupling, Group
+from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.engines import Engine, find_groups
+from slimkit.pruning.patterns import check_pattern, covers
 from slimkit.pruning.removal import compose, kept_positions, remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
@@ -47,25 +47,15 @@ def analyse(
     if not finite(inputs):
         raise PruningError("example_inputs hold NaN or infinity")
     coupling = find_groups(model, inputs, engine)
-    names = [name for name, _ in model.named_modules() if name]
     frozen = dict(coupling.frozen)
     groups = list(coupling.groups)
     for pattern in protect:
-        if not fnmatch.filter(names, pattern):
-            hint = did_you_mean(pattern, names)
-            raise PruningError(f"protect: no layer of the model is called {pattern!r}{hint}")
+        check_pattern("protect", pattern, model)
         for group in list(groups):
-            makers = _makers(group)
-            if fnmatch.filter(makers, f"{pattern}.*") or fnmatch.filter(makers, pattern):
+            if covers(pattern, group.makers):
                 groups.remove(group)
                 frozen[group.name] = f"protected by {pattern!r}"
     return verified(model, Coupling(tuple(groups), frozen), inputs)
-
-
-def _makers(group: Group) -> list[str]:
-    """The layers whose own channels the group's are, not those that read them."""
-    made = [m.tensor.rpartition(".")[0] for m in group.members if m.role == "out"]
-    return list(dict.fromkeys([group.name, *made]))
 
 
 def cut_(
