@@ -34,6 +34,21 @@ def _devices(value: Any) -> Any:
     return value
 
 
+def _one_or_two(value: Any) -> Any:
+    several = value if isinstance(value, list | tuple) else [value]
+    try:
+        numbers = [float(_no_bool(number)) for number in several]
+    except (TypeError, ValueError):
+        numbers = []
+    fits = numbers and all(0 <= number < 1 for number in numbers)
+    if not fits or (several is value and len(numbers) != 2):
+        raise ValueError(
+            "should be a number from 0 to below 1, or two of them for the first and the last "
+            f"group, such as [0.2, 0.6]; not {value!r}"
+        )
+    return tuple(numbers) if several is value else numbers[0]
+
+
 def is_import_path(value: str) -> bool:
     """Whether this reads ``package.module:name``."""
     return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value) is not None
@@ -65,6 +80,8 @@ Factor = Annotated[float, Field(ge=0), _NUMBER]
 Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
 NotAll = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 NotNone = Annotated[float, Field(gt=0, le=1), _NUMBER]
+Share = Annotated[float, Field(gt=0, lt=1), _NUMBER]
+OneOrTwo = Annotated[NotAll | tuple[NotAll, NotAll], BeforeValidator(_one_or_two)]
 OverZero = Annotated[float, Field(gt=0), _NUMBER]
 Options = Annotated[dict[str, Any], Field(description="Keyword arguments, by name.")]
 Patterns = Annotated[tuple[str, ...], Field(description="Module names, * and ? allowed.")]

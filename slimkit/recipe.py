@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -25,11 +26,13 @@ from slimkit.fields import (
     ImportPath,
     NotAll,
     NotNone,
+    OneOrTwo,
     Options,
     OverZero,
     Patterns,
     Place,
     Positive,
+    Share,
     bare,
 )
 from slimkit.strict_yaml import load
@@ -106,7 +109,7 @@ class Pretrain(_Node):
 
 
 class Target(_Node):
-    """How far to prune: exactly one of the three."""
+    """How far to prune: exactly one of them."""
 
     flops: NotNone | None = Field(
         default=None, description="Fraction of the multiply-adds that is left; 0.5 halves them."
@@ -117,12 +120,20 @@ class Target(_Node):
     ratio: NotAll | None = Field(
         default=None, description="Fraction of the channels that is removed."
     )
+    size_mb: OverZero | None = Field(
+        default=None, description="MiB of all parameters and buffers that is left."
+    )
+    importance: Share | None = Field(
+        default=None,
+        description="Share of its scores' sum that each group keeps, in the fewest channels.",
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
         if len(self._given()) != 1:
             given = " and ".join(self._given()) or "none of them"
-            raise ValueError(f"needs exactly one of flops, params and ratio, not {given}")
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"needs exactly one of {names}; not {given}")
         return self
 
     def _given(self) -> dict[str, float]:
@@ -130,12 +141,12 @@ class Target(_Node):
 
     @property
     def kind(self) -> str:
-        """Which of the three is given: flops, params or ratio."""
+        """Which of them is given: flops, params, ratio, size_mb or importance."""
         return next(iter(self._given()))
 
     @property
     def value(self) -> float:
-        """The fraction that is given."""
+        """The fraction, or the MiB, that is given."""
         return next(iter(self._given().values()))
 
 
@@ -148,7 +159,26 @@ class Prune(_Node):
     granularity: Literal["channel"] = Field(
         default="channel", description="What is removed as a whole."
     )
-    target: Target = Field(description="How far to prune.")
+    ratios: dict[str, NotAll] = Field(
+        default={},
+        description="Fraction of the channels that modules lose whatever the target, by name; "
+        "* and ? allowed, the first that fits counts.",
+    )
+    target: Target | None = Field(
+        default=None,
+        validate_default=True,
+        description="How far to prune; may be left out where `ratios` says what is removed.",
+    )
+    ranking: Literal["global", "local", "isomorphic"] = Field(
+        default="global",
+        description="What is ranked together: all channels; each group, all losing the same "
+        "fraction; or groups of the same structure, each structure losing the same fraction.",
+    )
+    max_ratio: OneOrTwo | None = Field(
+        default=None,
+        description="Largest fraction of its channels that a group may lose, or two for the first "
+        "and the last group; null: 0.95, or the target's ratio where that is more.",
+    )
     during: tuple[Fraction, Fraction] = Field(
         default=(0.0, 0.4), description="Begin and end, as fractions of the training."
     )
@@ -173,6 +203,13 @@ class Prune(_Node):
     data_batches: Positive = Field(
         default=8, description="Batches for criteria that need gradients."
     )
+
+    @field_validator("target")
+    @classmethod
+    def _or_ratios(cls, target: Target | None, info: ValidationInfo) -> Target | None:
+        if target is None and info.data.get("ratios") == {}:
+            raise ValueError("is required, unless 'ratios' says what is removed")
+        return target
 
     @field_validator("during")
     @classmethod

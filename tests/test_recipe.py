@@ -1,5 +1,6 @@
 """Recipes: defaults, round trips, and every problem at once with its path."""
 
+import inspect
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimkit.errors import RecipeError
-from slimkit.recipe import Recipe
+from slimkit.pruning.prune import prune
+from slimkit.recipe import Prune, Recipe
 
 BASE = {"model": "project.models:resnet", "data": "project.data:cifar"}
 FULL = {
@@ -68,6 +70,32 @@ def test_a_target_tells_its_kind_and_value():
     assert (target.kind, target.value) == ("flops", 0.5)
 
 
+@pytest.mark.parametrize(("kind", "value"), [("size_mb", 12.5), ("importance", 0.9)])
+def test_a_target_may_be_a_size_or_an_importance(kind, value):
+    target = Recipe.parse({**BASE, "prune": {"target": {kind: value}}}).prune.target
+    assert (target.kind, target.value) == (kind, value)
+
+
+def test_ratios_may_stand_for_the_target_and_keep_their_order():
+    prune = {"ratios": {"layer2": "0.5", "*": 0.25}, "max_ratio": [0.2, "6e-1"]}
+    recipe = Recipe.parse(yaml.safe_load(Recipe.parse({**BASE, "prune": prune}).to_yaml()))
+    assert recipe.prune.target is None
+    assert list(recipe.prune.ratios.items()) == [("layer2", 0.5), ("*", 0.25)]
+    assert recipe.prune.max_ratio == (0.2, 0.6)
+
+
+@pytest.mark.parametrize("ratios", [{}, {"ratios": {}}, {"target": None}])
+def test_without_ratios_a_target_is_required(ratios):
+    found = problems({**BASE, "prune": ratios})
+    assert found == {"prune.target": "is required, unless 'ratios' says what is removed"}
+
+
+def test_prune_takes_the_options_of_the_recipe_under_the_same_names():
+    taken = set(inspect.signature(prune).parameters)
+    only_trained = {"during", "steps", "schedule", "granularity"}
+    assert set(Prune.model_fields) - only_trained <= taken
+
+
 def test_a_loss_is_between_the_student_and_the_teachers_place():
     assert [loss.places for loss in Recipe.parse(FULL).distill.losses] == [
         ("output", "output"),
@@ -119,6 +147,12 @@ def test_a_recipe_cannot_be_changed():
 REFUSED = {
     "prune.target.flops": [0, 1.01, -0.5, math.nan, True, "half"],
     "prune.target": [{}, {"flops": 0.5, "ratio": 0.5}, {"flops": None}],
+    "prune.target.size_mb": [0, -1, math.inf, "big"],
+    "prune.target.importance": [0, 1, True],
+    "prune.ratios": [[], None],
+    "prune.ratios.layer1": [1, -0.1, True, "half"],
+    "prune.ranking": ["globl", None],
+    "prune.max_ratio": [1, -0.1, True, "half", [0.5], [0.1, 1], [0.1, 0.2, 0.3], {}],
     "prune.during": [[0.5, 0.4], 0.4],
     "prune.steps": [0, 2.5, True],
     "prune.schedule": ["cosine"],
@@ -178,6 +212,9 @@ UNKNOWN = {
     "modle": "model",
     "prune.critrion": "criterion",
     "prune.target.flop": "flops",
+    "prune.target.importanc": "importance",
+    "prune.ratio": "ratios",
+    "prune.max_ratios": "max_ratio",
     "optimizer.learn_rate": "lr, momentum",
     "gates.acuracy_drop": "accuracy_drop",
     "quantize.weight": "weights",

@@ -1,19 +1,21 @@
-"""Counts what a model costs: multiply-accumulates and parameters."""
+"""Counts what a model costs: multiply-accumulates, parameters and MiB."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimkit.calls import WEIGHTED, CallMode
 from slimkit.copies import copied
 from slimkit.pruning.removal import Kept
+
+MIB = 2**20
 
 
 @torch.no_grad()
@@ -31,6 +33,23 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
 def parameters(model: nn.Module) -> int:
     """How many parameters `model` has; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def size_mb(model: nn.Module) -> float:
+    """MiB of all parameters and buffers in their dtypes, as a safetensors file holds them.
+
+    Tied tensors count once; buffers that are not saved, and the file's header, do not count.
+    """
+    return sum(t.numel() * t.element_size() for t in _stored(model).values()) / MIB
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """What the state dict holds, tied tensors under their first name."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):  # a module may save other things beside them
+            first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
 
 
 class _Uses(CallMode):
@@ -66,11 +85,13 @@ class CostModel:
         macs_per_weight: how often one weight of each tensor is used in a forward.
         shapes: shape of each parameter.
         fixed_macs: multiply-accumulates that belong to no weight (attention).
+        stored: shape of each tensor that a file holds, and bytes of one of its values.
     """
 
     macs_per_weight: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
     fixed_macs: int
+    stored: dict[str, tuple[tuple[int, ...], int]]
 
     @classmethod
     @torch.no_grad()
@@ -83,16 +104,24 @@ class CostModel:
             probe(*example_inputs)
         total = macs(model, example_inputs)
         known = sum(n * math.prod(shapes[name]) for name, n in counter.uses.items())
-        return cls(counter.uses, shapes, max(0, round(total - known)))
+        stored = {n: (tuple(t.shape), t.element_size()) for n, t in _stored(model).items()}
+        return cls(counter.uses, shapes, max(0, round(total - known)), stored)
 
     def predict(self, kept: Kept) -> tuple[float, float]:
         """MACs and parameters of the model cut down to `kept`."""
         total_macs, total_parameters = float(self.fixed_macs), 0.0
         for name, shape in self.shapes.items():
-            sizes = list(shape)
-            for dim, positions in kept.get(name, {}).items():
-                sizes[dim] = len(positions)
-            numel = math.prod(sizes)
+            numel = _numel(shape, kept.get(name, {}))
             total_parameters += numel
             total_macs += self.macs_per_weight.get(name, 0.0) * numel
         return total_macs, total_parameters
+
+    def predict_size_mb(self, kept: Kept) -> float:
+        """MiB of the model cut down to `kept`, as `size_mb` counts them."""
+        each = (_numel(s, kept.get(name, {})) * width for name, (s, width) in self.stored.items())
+        return sum(each) / MIB
+
+
+def _numel(shape: tuple[int, ...], kept: Mapping[int, list[int]]) -> int:
+    """How many values are left of a tensor."""
+    return math.prod(len(kept[d]) if d in kept else size for d, size in enumerate(shape))

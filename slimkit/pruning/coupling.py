@@ -52,6 +52,12 @@ class Group:
         """The coupled layers, without the tensors' own names."""
         return list(dict.fromkeys(m.tensor.rpartition(".")[0] for m in self.members))
 
+    @property
+    def makers(self) -> list[str]:
+        """The layers whose own channels the group's are, not those that read them."""
+        made = [m.tensor.rpartition(".")[0] for m in self.members if m.role == "out"]
+        return list(dict.fromkeys([self.name, *made]))
+
 
 @dataclass(frozen=True)
 class Coupling:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -12,16 +11,19 @@ from torch import Tensor, nn
 
 from slimkit.batches import as_inputs, finite, inputs_of
 from slimkit.copies import copied
-from slimkit.errors import PruningError, did_you_mean
+from slimkit.errors import PruningError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.batchnorm import reestimate_
-from slimkit.pruning.cost import macs, parameters
-from slimkit.pruning.coupling import Coupling, Group
+from slimkit.pruning.cost import macs, parameters, size_mb
+from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.engines import Engine, find_groups
+from slimkit.pruning.patterns import check_pattern, covers
+from slimkit.pruning.rankings import Ranking
 from slimkit.pruning.removal import compose, kept_positions, remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
-from slimkit.pruning.selection import Selector, Target
+from slimkit.pruning.selection import Selector
+from slimkit.pruning.targets import COSTS, Target
 from slimkit.pruning.verification import verified
 from slimkit.registry import discover
 
@@ -47,25 +49,15 @@ def analyse(
     if not finite(inputs):
         raise PruningError("example_inputs hold NaN or infinity")
     coupling = find_groups(model, inputs, engine)
-    names = [name for name, _ in model.named_modules() if name]
     frozen = dict(coupling.frozen)
     groups = list(coupling.groups)
     for pattern in protect:
-        if not fnmatch.filter(names, pattern):
-            hint = did_you_mean(pattern, names)
-            raise PruningError(f"protect: no layer of the model is called {pattern!r}{hint}")
+        check_pattern("protect", pattern, model)
         for group in list(groups):
-            makers = _makers(group)
-            if fnmatch.filter(makers, f"{pattern}.*") or fnmatch.filter(makers, pattern):
+            if covers(pattern, group.makers):
                 groups.remove(group)
                 frozen[group.name] = f"protected by {pattern!r}"
     return verified(model, Coupling(tuple(groups), frozen), inputs)
-
-
-def _makers(group: Group) -> list[str]:
-    """The layers whose own channels the group's are, not those that read them."""
-    made = [m.tensor.rpartition(".")[0] for m in group.members if m.role == "out"]
-    return list(dict.fromkeys([group.name, *made]))
 
 
 def cut_(
@@ -101,34 +93,40 @@ def cut_(
 
 def cut_to_target_(
     model: nn.Module,
-    coupling: Coupling,
+    selector: Selector,
     scores: Mapping[str, Tensor],
-    target: Target,
+    target: Target | None,
     inputs: tuple[Any, ...],
-    *,
-    round_to: int = 1,
-    min_channels: int = 1,
 ) -> PruningReport:
-    """Choose, cut and measure in place; tightens the choice where the prediction was too kind."""
-    selector = Selector(model, coupling, inputs, round_to=round_to, min_channels=min_channels)
+    """Choose, cut and measure in place; tightens the choice where the prediction was too kind.
+
+    Raises:
+        PruningError: nothing would be removed, or the target is out of reach by prediction or by
+            measurement; the model is as it was.
+    """
+    coupling = selector.coupling
+    if target is None or target.measure not in COSTS:
+        return cut_(model, coupling, selector.choose(scores, target).kept, inputs)
     aim = target
     for _ in range(4):
         choice = selector.choose(scores, aim)
         probe = copied(model, share=True)
-        report = cut_(probe, coupling, choice.kept, inputs)
-        if target.measure == "ratio":
-            break
-        before, after = report.macs if target.measure == "flops" else report.parameters
-        reached = after / max(1, before)
-        if reached <= target.value + CLOSE:
-            break
+        reached, close = _reached(target, cut_(probe, coupling, choice.kept, inputs), probe)
+        if reached <= target.value + close:
+            return cut_(model, coupling, choice.kept, inputs)
         aim = Target(target.measure, max(1e-3, aim.value - (reached - target.value)))
-    else:
-        raise PruningError(
-            f"target {{{target.measure}: {target.value:g}}} cannot be reached: {reached:.3f} is "
-            "left by measurement, more than predicted; choose a milder target"
-        )
-    return cut_(model, coupling, choice.kept, inputs)
+    raise PruningError(
+        f"target {target} cannot be reached: {reached:.3f} is left by measurement, more than "
+        "predicted; choose a milder target"
+    )
+
+
+def _reached(target: Target, report: PruningReport, model: nn.Module) -> tuple[float, float]:
+    """The measured figure of a cut model in the target's unit, and how far it may be above it."""
+    if target.measure == "size_mb":
+        return size_mb(model), 0.0
+    before, after = report.macs if target.measure == "flops" else report.parameters
+    return after / max(1, before), CLOSE
 
 
 def prune(
@@ -136,7 +134,10 @@ def prune(
     example_inputs: Any,
     criterion: str | Criterion = "l1",
     *,
-    target: Mapping[str, float],
+    target: Mapping[str, float] | None = None,
+    ratios: Mapping[str, float] | None = None,
+    ranking: Ranking = "global",
+    max_ratio: float | Sequence[float] | None = None,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     protect: Sequence[str] = (),
@@ -152,8 +153,22 @@ def prune(
         model: any module that torch.export can write down.
         example_inputs: a tensor, or a tuple of the forward's arguments.
         criterion: a plugin's name (see ``slimkit list-plugins --kind criterion``), or an instance.
-        target: exactly one of ``flops`` and ``params`` (the fraction that is left) or ``ratio``
-            (the fraction of channels removed).
+        target: exactly one of ``flops`` and ``params`` (the fraction that is left, in (0, 1)),
+            ``size_mb`` (the MiB left of all parameters and buffers), ``ratio`` (the fraction of
+            channels removed, in (0, 1)) or ``importance`` (the share in (0, 1) of the sum of its
+            scores that each group keeps, in the fewest channels that carry it). May be left out
+            where `ratios` is given.
+        ratios: name patterns of layers, as in `protect`, to the fraction of channels in [0, 1) that
+            their groups lose whatever the target; the first pattern that covers a layer that makes
+            a group's channels counts. The target decides about the other groups; without one
+            they stay whole.
+        ranking: what is ranked against what: ``global``, the channels of all groups together;
+            ``local``, each group alone, and all lose the same fraction; ``isomorphic``, groups of
+            the same structure together, and every structure loses the same fraction. With
+            ``ratio``, ``global`` means ``local``; ``importance`` is always decided in each group.
+        max_ratio: the largest fraction of its channels in [0, 1) that a group may lose, or two of
+            them for the first and the last group of the model, with a straight line between.
+            Left out, 0.95, or the target's ratio where that is more. Does not hold `ratios` back.
         data: batches, with or without labels, to re-estimate batch-norm and to take gradients
             from; may be left out.
         loss: takes (model, batch) and gives the scalar to differentiate; for criteria that need
@@ -172,7 +187,8 @@ def prune(
         The smaller module, of the same class; ``print(module.slimkit_pruning)`` says what went.
 
     Raises:
-        PruningError: nothing can be pruned, or the target cannot be reached.
+        PruningError: nothing can be pruned, the target cannot be reached, an option is out of its
+            range, or a pattern matches nothing. The message says what is in the way.
 
     Example:
         >>> import torch
@@ -182,13 +198,27 @@ def prune(
         >>> small[0].out_features, net[0].out_features
         (16, 32)
     """
-    aim = Target.of(target)
+    if target is None and not ratios:
+        raise PruningError(
+            'give a target, such as {"flops": 0.5}, or ratios, such as {"layer1": 0.3}'
+        )
+    aim = None if target is None else Target.of(target)
     inputs = as_inputs(example_inputs)
     chosen = discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
     if isinstance(data, Iterator):  # it can be read once, but is needed twice
         data = list(islice(data, max(data_batches, batchnorm_batches)))
     small = copied(model)
     coupling = analyse(small, inputs, protect, engine)
+    selector = Selector(
+        small,
+        coupling,
+        inputs,
+        round_to=round_to,
+        min_channels=min_channels,
+        ranking=ranking,
+        max_ratio=max_ratio,
+        ratios=ratios,
+    )
     if "gradient" in chosen.needs:
         if data is None:
             raise PruningError(
@@ -200,9 +230,7 @@ def prune(
         )
     else:
         scores = group_scores(small, coupling, chosen)
-    cut_to_target_(
-        small, coupling, scores, aim, inputs, round_to=round_to, min_channels=min_channels
-    )
+    cut_to_target_(small, selector, scores, aim, inputs)
     if data is not None:
         reestimate_(small, data, batchnorm_batches)
     return small

@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimkit.errors import PruningError
+from slimkit.errors import PruningError, did_you_mean
 from slimkit.pruning.cost import CostModel
 from slimkit.pruning.coupling import Coupling, Group
-from slimkit.pruning.removal import best, kept_positions
-
-MEASURES = ("flops", "params", "ratio")
-MOST_REMOVED = 0.95  # of one group: keeps a global ranking from emptying a layer
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a pruned model should cost.
-
-    Args:
-        measure: ``flops`` (multiply-accumulates left) or ``params`` (parameters left), both as a
-            fraction of the dense model in (0, 1); or ``ratio``, the fraction of channels removed
-            from every group.
-        value: the fraction.
-    """
-
-    measure: str
-    value: float
-
-    @classmethod
-    def of(cls, target: Mapping[str, float]) -> Target:
-        """Read ``{"flops": 0.5}`` and its like.
-
-        Raises:
-            PruningError: not exactly one known measure, or a value outside (0, 1).
-        """
-        if not isinstance(target, Mapping):
-            raise PruningError(f'target must be such as {{"flops": 0.5}}, not {target!r}')
-        given = {name: value for name, value in target.items() if value is not None}
-        if len(given) != 1 or next(iter(given)) not in MEASURES:
-            raise PruningError(
-                f"target must name exactly one of {', '.join(MEASURES)}, such as "
-                f'{{"flops": 0.5}}; got {dict(target)!r}'
-            )
-        measure, value = next(iter(given.items()))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            raise PruningError(f"target.{measure} must be a number between 0 and 1, not {value!r}")
-        return cls(measure, float(value))
-
-    def milder(self, progress: float) -> Target:
-        """The target after `progress` (0 to 1) of the way from the dense model."""
-        if self.measure == "ratio":
-            return Target(self.measure, self.value * progress)
-        return Target(self.measure, 1 - (1 - self.value) * progress)
+from slimkit.pruning.limits import Limits
+from slimkit.pruning.rankings import RANKINGS, Removals, removals
+from slimkit.pruning.removal import best, kept_positions, tensors_by_name
+from slimkit.pruning.targets import Target
 
 
 @dataclass(frozen=True)
@@ -68,11 +29,19 @@ class Choice:
         kept: group name to channel numbers, sorted, int64.
         macs: predicted multiply-accumulates.
         parameters: predicted parameters.
+        size_mb: predicted MiB of parameters and buffers.
+        carried: group name to the share of the dense group's importance that stays, 0 to 1.
     """
 
     kept: dict[str, Tensor]
     macs: float
     parameters: float
+    size_mb: float
+    carried: dict[str, float]
+
+    def cost(self, measure: str) -> float:
+        """The prediction for ``flops``, ``params`` or ``size_mb``."""
+        return {"flops": self.macs, "params": self.parameters, "size_mb": self.size_mb}[measure]
 
 
 class Selector:
@@ -84,6 +53,17 @@ class Selector:
         example_inputs: one batch of inputs, for the costs.
         round_to: kept channels are a multiple of this where the group is large enough.
         min_channels: no group gets smaller than this.
+        ranking: ``global`` ranks all groups' channels together; with ``local`` all groups lose the
+            same fraction; with ``isomorphic`` groups of the same structure are ranked together and
+            every structure loses the same fraction.
+        max_ratio: the largest fraction in [0, 1) that a group may lose, or the largest of the
+            model's first group and of its last, with a straight line between; None: 0.95, or a
+            target's ratio where that is more.
+        ratios: name pattern of layers to the fraction in [0, 1) that their groups lose whatever
+            the target; the first pattern that covers a group counts.
+
+    Raises:
+        PruningError: an option is out of its range, or a pattern covers no group.
     """
 
     def __init__(
@@ -94,92 +74,193 @@ class Selector:
         *,
         round_to: int = 1,
         min_channels: int = 1,
+        ranking: str = "global",
+        max_ratio: float | Sequence[float] | None = None,
+        ratios: Mapping[str, float] | None = None,
     ) -> None:
+        if ranking not in RANKINGS:
+            raise PruningError(f"no ranking is called {ranking!r}{did_you_mean(ranking, RANKINGS)}")
         self.coupling = coupling
+        self.ranking = ranking
+        self.limits = Limits.of(
+            model,
+            coupling,
+            round_to=round_to,
+            min_channels=min_channels,
+            max_ratio=max_ratio,
+            ratios=ratios,
+        )
+        self.shapes = {name: tuple(t.shape) for name, t in tensors_by_name(model).items()}
         self.cost = CostModel.of(model, example_inputs)
         self.dense_macs, self.dense_parameters = self.cost.predict({})
-        self.round_to = round_to
-        self.min_channels = min_channels
+        self.dense_mb = self.cost.predict_size_mb({})
 
-    def choose(self, scores: Mapping[str, Tensor], target: Target) -> Choice:
+    def choose(
+        self,
+        scores: Mapping[str, Tensor],
+        target: Target | None,
+        *,
+        progress: float = 1.0,
+        carried: Mapping[str, float] | None = None,
+    ) -> Choice:
         """Keep the best channels within the target.
 
-        With ``flops`` and ``params`` all groups are ranked together and the least important
-        channels go until the prediction is within the target; with ``ratio`` each group loses the
-        same fraction.
+        With ``flops``, ``params`` and ``size_mb`` channels go in the order of the ranking until
+        the prediction is within the target. With ``ratio`` each group loses the same fraction;
+        under the isomorphic ranking each structure does. With ``importance`` each group keeps the
+        fewest channels that carry the share, whatever the ranking.
+
+        Args:
+            scores: group name to importance, of shape (channels,); below 0 for dead channels.
+            target: None cuts the groups of `ratios` only.
+            progress: in (0, 1], how far from the dense model to the goal; below 1 the target and
+                the ratios are milder.
+            carried: what an earlier choice carried; the channels that it gave up are dead.
 
         Raises:
-            PruningError: even the smallest model is above the target; it says the best reachable.
+            PruningError: the target is out of reach; it says the best reachable and what is in
+                the way.
         """
-        if target.measure == "ratio":
-            sizes = {
-                g.name: self._rounded(g, max(self.min_channels, g.channels * (1 - target.value)))
-                for g in self.coupling.groups
-            }
-            return self._choice(scores, sizes)
-        limit = target.value * (
-            self.dense_macs if target.measure == "flops" else self.dense_parameters
-        )
-        ranked = self._ranking(scores)
-
-        def cost(removed: int) -> float:
-            choice = self._choice(scores, self._sizes(ranked, removed))
-            return choice.macs if target.measure == "flops" else choice.parameters
-
-        if cost(len(ranked)) > limit:
-            whole = self.dense_macs if target.measure == "flops" else self.dense_parameters
-            raise PruningError(
-                f"target {{{target.measure}: {target.value:g}}} cannot be reached: with everything "
-                f"removed that may go, {cost(len(ranked)) / whole:.3f} is left. "
-                + self._why_not_more()
-            )
-        low, high = 0, len(ranked)  # cost falls with every removed channel
-        while low < high:
-            middle = (low + high) // 2
-            if cost(middle) <= limit:
-                high = middle
+        carried = carried or {}
+        sizes = {g.name: self._size_before_ranking(g, progress) for g in self.coupling.groups}
+        if target is not None:
+            aim = target if progress == 1 else target.milder(progress, self._dense(target))
+            free = [g for g in self.coupling.groups if g.name not in self.limits.given]
+            if target.measure == "importance":
+                sizes |= self._sizes_by_importance(free, scores, aim, carried)
+            elif target.measure == "ratio":
+                sizes |= self._sizes_by_ratio(free, scores, aim)
             else:
-                low = middle + 1
-        return self._choice(scores, self._sizes(ranked, low))
+                sizes |= self._sizes_by_cost(free, scores, aim, sizes)
+        return self._choice(scores, sizes, carried)
 
-    def _why_not_more(self) -> str:
-        if not self.coupling.frozen:
-            return "Raise the target or lower min_channels and round_to."
-        some = list(self.coupling.frozen.items())[:5]
-        listed = "; ".join(f"{name}: {reason}" for name, reason in some)
-        return f"Left whole: {listed}" + (" ..." if len(self.coupling.frozen) > 5 else "")
+    def _dense(self, target: Target) -> float:
+        """The dense model's figure in the unit of the target's value."""
+        return self.dense_mb if target.measure == "size_mb" else 1.0
 
-    def _fewest(self, group: Group) -> int:
-        least = max(self.min_channels, math.ceil(group.channels * (1 - MOST_REMOVED)), 1)
-        return self._rounded(group, min(least, group.channels))
+    def _size_before_ranking(self, group: Group, progress: float) -> int:
+        if group.name in self.limits.given:
+            return self.limits.given_size(group, progress)
+        return group.channels
 
-    def _rounded(self, group: Group, size: float) -> int:
-        """The next multiple of `round_to`, at most the whole group."""
-        up = math.ceil(round(size, 6) / self.round_to) * self.round_to
-        return min(group.channels, max(1, up))
+    def _sizes_by_importance(
+        self,
+        free: Sequence[Group],
+        scores: Mapping[str, Tensor],
+        aim: Target,
+        carried: Mapping[str, float],
+    ) -> dict[str, int]:
+        """As many channels as carry the share of the dense group's importance."""
+        sizes = {}
+        for group in free:
+            share = min(1.0, aim.value / carried.get(group.name, 1.0))
+            enough = self.limits.rounded(group, carrying(scores[group.name], share))
+            sizes[group.name] = max(self.limits.fewest(group, aim), enough)
+        return sizes
 
-    def _ranking(self, scores: Mapping[str, Tensor]) -> list[str]:
-        """Group names, one per channel that may go, least important channel first."""
-        entries = []
+    def _sizes_by_ratio(
+        self, free: Sequence[Group], scores: Mapping[str, Tensor], aim: Target
+    ) -> dict[str, int]:
+        """What is left when every group, or every structure, has lost the fraction."""
+        largest = max(self.limits.max_ratio or (1.0,))
+        if free and largest < aim.value:
+            raise PruningError(
+                f"target {aim} cannot be reached: max_ratio lets no group lose more than "
+                f"{largest:g}. Lower the target or raise max_ratio"
+            )
+        ranking = "local" if self.ranking == "global" else self.ranking
+        order = self._removals(free, scores, aim, ranking)
+        return self._left(free, [name for lost, name in order if lost <= aim.value + 1e-9])
+
+    def _sizes_by_cost(
+        self,
+        free: Sequence[Group],
+        scores: Mapping[str, Tensor],
+        aim: Target,
+        sizes: Mapping[str, int],
+    ) -> dict[str, int]:
+        """What is left after the first removals that bring the prediction within the target."""
+        order = self._removals(free, scores, aim, self.ranking)
+        # pools lose their channels in step: no cut between removals of the same fraction
+        ends = [0, *(i for i, (a, b) in enumerate(pairwise(order), 1) if a[0] < b[0]), len(order)]
+
+        def left(end: int) -> dict[str, int]:
+            return self._left(free, [name for _, name in order[:end]])
+
+        def cost(end: int) -> float:
+            return self._choice(scores, {**sizes, **left(end)}, {}).cost(aim.measure)
+
+        limit = aim.value * self._whole(aim.measure)
+        smallest = cost(len(order))
+        if aim.measure == "size_mb" and limit >= self.dense_mb:
+            raise PruningError(
+                f"target {aim} is no target: the model has {self.dense_mb:.4g} MiB; the smallest "
+                f"that can be reached is {smallest:.4g}"
+            )
+        if smallest > limit:
+            raise PruningError(
+                f"target {aim} cannot be reached: with everything removed that may go, "
+                f"{self._said(aim.measure, smallest)} is left. "
+                + self.limits.obstacles(self.coupling, aim)
+            )
+        # cost falls with every removed channel
+        first = bisect_left(ends, True, hi=len(ends) - 1, key=lambda end: cost(end) <= limit)
+        return left(ends[first])
+
+    def _whole(self, measure: str) -> float:
+        """What a target's value is a fraction of; 1 where it is no fraction."""
+        return {"flops": self.dense_macs, "params": self.dense_parameters}.get(measure, 1.0)
+
+    def _said(self, measure: str, cost: float) -> str:
+        if measure == "size_mb":
+            return f"{cost:.4g} of {self.dense_mb:.4g} MiB"
+        return f"{cost / self._whole(measure):.3f}"
+
+    def _removals(
+        self, free: Sequence[Group], scores: Mapping[str, Tensor], aim: Target, ranking: str
+    ) -> Removals:
+        pools = {g.name: RANKINGS[ranking](g, self.shapes) for g in free}
+        removable = {g.name: g.channels - self.limits.fewest(g, aim) for g in free}
+        return removals(free, pools, scores, removable)
+
+    def _left(self, free: Sequence[Group], gone: Sequence[str]) -> dict[str, int]:
+        count = Counter(gone)
+        return {g.name: self.limits.rounded(g, g.channels - count[g.name]) for g in free}
+
+    def _choice(
+        self,
+        scores: Mapping[str, Tensor],
+        sizes: Mapping[str, int],
+        carried: Mapping[str, float],
+    ) -> Choice:
+        kept, shares = {}, {}
         for group in self.coupling.groups:
-            removable = group.channels - self._fewest(group)
-            ordered = scores[group.name].sort().values[:removable].tolist()
-            entries += [(score, group.name) for score in ordered]
-        return [name for _, name in sorted(entries)]
-
-    def _sizes(self, ranked: list[str], removed: int) -> dict[str, int]:
-        gone: dict[str, int] = {}
-        for name in ranked[:removed]:
-            gone[name] = gone.get(name, 0) + 1
-        return {
-            g.name: self._rounded(g, g.channels - gone.get(g.name, 0)) for g in self.coupling.groups
-        }
-
-    def _choice(self, scores: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Choice:
-        kept = {}
-        for group in self.coupling.groups:
-            order = torch.argsort(scores[group.name], descending=True, stable=True)
+            score = scores[group.name]
+            order = torch.argsort(score, descending=True, stable=True)
             kept[group.name] = best(group, order, sizes[group.name])
+            shares[group.name] = carried.get(group.name, 1.0) * share_of(score, kept[group.name])
         positions = kept_positions((g, kept[g.name]) for g in self.coupling.groups)
-        predicted_macs, predicted_parameters = self.cost.predict(positions)
-        return Choice(kept, predicted_macs, predicted_parameters)
+        size = self.cost.predict_size_mb(positions)
+        return Choice(kept, *self.cost.predict(positions), size, shares)
+
+
+def carrying(scores: Tensor, share: float) -> int:
+    """The fewest best channels whose scores make up a share (0 to 1) of the scores' sum.
+
+    >>> carrying(torch.tensor([1.0, 6.0, 3.0]), 0.9)
+    2
+    """
+    ordered = scores.clamp(min=0).sort(descending=True).values
+    short = ordered.cumsum(0) < share * ordered.sum() * (1 - 1e-9)
+    return min(len(scores), int(short.sum()) + 1)
+
+
+def share_of(scores: Tensor, kept: Tensor) -> float:
+    """What `kept` carries of the sum of the scores; 1 where there is none.
+
+    >>> share_of(torch.tensor([1.0, 6.0, 3.0]), torch.tensor([1, 2]))
+    0.9
+    """
+    living = scores.clamp(min=0)
+    whole = living.sum().item()
+    return living[kept].sum().item() / whole if whole > 0 else 1.0

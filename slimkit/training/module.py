@@ -41,6 +41,7 @@ class Progress:
         example_inputs: one sample of the network's inputs.
         updates: steps of the pruning schedule taken.
         living: group -> channels that still live, before the cut.
+        carried: group -> the share of the dense group's importance that the living carry.
         cut: whether the dead channels have been removed.
         macs_left: fraction of the dense model's multiply-accumulates.
         observed: training batches that the activation quantizers have seen.
@@ -50,6 +51,7 @@ class Progress:
     example_inputs: tuple[Any, ...] = ()
     updates: int = 0
     living: dict[str, Tensor] = field(default_factory=dict)
+    carried: dict[str, float] = field(default_factory=dict)
     cut: bool = False
     macs_left: float = 1.0
     observed: int = 0

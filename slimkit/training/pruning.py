@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.batches import first_sample, inputs_of
@@ -15,10 +15,12 @@ from slimkit.errors import PruningError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import macs
+from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.masks import Masks
 from slimkit.pruning.prune import analyse, cut_
 from slimkit.pruning.scores import group_scores
-from slimkit.pruning.selection import Selector, Target
+from slimkit.pruning.selection import Selector
+from slimkit.pruning.targets import Target
 from slimkit.recipe import Prune
 from slimkit.registry import discover
 from slimkit.training.optimizers import shrink_optimizers_
@@ -26,6 +28,31 @@ from slimkit.training.timeline import progress
 
 if TYPE_CHECKING:
     from slimkit.training.module import SlimModule
+
+
+def target_of(recipe: Prune) -> Target | None:
+    """How far a recipe prunes; None where only its ratios say so."""
+    return None if recipe.target is None else Target(recipe.target.kind, recipe.target.value)
+
+
+def selector_of(
+    network: nn.Module, coupling: Coupling, inputs: tuple[Any, ...], recipe: Prune
+) -> Selector:
+    """What chooses the channels that a recipe's options leave.
+
+    Raises:
+        PruningError: an option does not fit the network.
+    """
+    return Selector(
+        network,
+        coupling,
+        inputs,
+        round_to=recipe.round_to,
+        min_channels=recipe.min_channels,
+        ranking=recipe.ranking,
+        max_ratio=recipe.max_ratio,
+        ratios=recipe.ratios,
+    )
 
 
 class PruningCallback(pl.Callback):
@@ -39,7 +66,7 @@ class PruningCallback(pl.Callback):
     def __init__(self, module: SlimModule, recipe: Prune) -> None:
         self.module = module
         self.recipe = recipe
-        self.target = Target(recipe.target.kind, recipe.target.value)
+        self.target = target_of(recipe)
         self.criterion: Criterion = discover().create(
             "criterion", recipe.criterion.name, recipe.criterion.options
         )
@@ -142,13 +169,7 @@ class PruningCallback(pl.Callback):
                 )
             )
         self.masks = Masks(coupling, self.module.state.living)
-        self.selector = Selector(
-            network,
-            coupling,
-            inputs,
-            round_to=self.recipe.round_to,
-            min_channels=self.recipe.min_channels,
-        )
+        self.selector = selector_of(network, coupling, inputs, self.recipe)
         # A target out of reach is said now, not after the window
         flat = {g.name: torch.ones(g.channels, dtype=torch.float64) for g in coupling.groups}
         self.selector.choose(flat, self.target)
@@ -166,12 +187,13 @@ class PruningCallback(pl.Callback):
         fraction = due / self._updates
         amount = fraction if self.recipe.schedule != "cubic" else 1 - (1 - fraction) ** 3
         scores = self.masks.silence(self._scores)
-        choice = self.selector.choose(scores, self.target.milder(amount))
+        state = self.module.state
+        choice = self.selector.choose(scores, self.target, progress=amount, carried=state.carried)
         self.masks.kept = choice.kept
         self._scores = {}
-        state = self.module.state
         state.updates = due
         state.living = {name: kept.clone() for name, kept in choice.kept.items()}
+        state.carried = choice.carried
         state.macs_left = choice.macs / self.selector.dense_macs
 
     def _cut(self, trainer: pl.Trainer) -> None:

@@ -29,7 +29,6 @@ from slimkit.progress import is_quiet
 from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.prune import analyse, cut_to_target_
 from slimkit.pruning.scores import group_scores, scores_over_batches
-from slimkit.pruning.selection import Target
 from slimkit.recipe import Import, Recipe
 from slimkit.registry import discover
 from slimkit.training.classification import Classification
@@ -37,6 +36,7 @@ from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
+from slimkit.training.pruning import selector_of, target_of
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
@@ -220,6 +220,7 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
         "criterion", section.criterion.name, section.criterion.options
     )
     coupling = analyse(network, inputs, section.protect, section.engine)
+    selector = selector_of(network, coupling, inputs, section)
     if "gradient" in criterion.needs:
         step = module.inner.training_step
 
@@ -241,15 +242,7 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
         del module.inner.log
     else:
         scores = group_scores(network, coupling, criterion)
-    report = cut_to_target_(
-        network,
-        coupling,
-        scores,
-        Target(section.target.kind, section.target.value),
-        inputs,
-        round_to=section.round_to,
-        min_channels=section.min_channels,
-    )
+    report = cut_to_target_(network, selector, scores, target_of(section), inputs)
     module.state.cut = True
     used = reestimate_(network, loaders.calibration(), section.batchnorm_batches)
     say(

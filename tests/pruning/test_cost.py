@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from models import PRUNABLE, conv, make
+from safetensors.torch import save
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimkit.pruning.cost import CostModel, macs, parameters
+from slimkit.pruning.cost import CostModel, macs, parameters, size_mb
 from slimkit.pruning.prune import analyse
 from slimkit.pruning.removal import kept_positions, remove_
 
@@ -48,9 +49,9 @@ def test_parameters_count_tied_weights_once():
     assert parameters(model) == 16 + 4 + 4
 
 
-def halved(name):
+def halved(name, dtype=torch.float32):
     """The model, its inputs, and the positions that every other channel of each group keeps."""
-    model, inputs = make(name)
+    model, inputs = make(name, dtype=dtype)
     groups = analyse(model, inputs).groups
     return model, inputs, kept_positions((g, torch.arange(0, g.channels, 2)) for g in groups)
 
@@ -71,6 +72,29 @@ def test_predicted_parameters_of_a_cut_are_what_is_left(name):
     _, predicted = CostModel.of(model, inputs).predict(kept)
     remove_(model, kept)
     assert predicted == sum(p.numel() for p in model.parameters())
+
+
+def mib_in_safetensors(model):
+    """What a file of the model's tensors has behind its header."""
+    data = save(dict(model.state_dict()))
+    return (len(data) - 8 - int.from_bytes(data[:8], "little")) / 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_size_before_and_predicted_after_a_cut_is_that_of_a_safetensors_file(name, dtype):
+    model, inputs, kept = halved(name, dtype)
+    cost = CostModel.of(model, inputs)
+    assert size_mb(model) == cost.predict_size_mb({}) == mib_in_safetensors(model)
+    remove_(model, kept)
+    assert size_mb(model) == cost.predict_size_mb(kept) == mib_in_safetensors(model)
+
+
+def test_size_counts_saved_buffers_and_tied_tensors_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[1].weight = model[0].weight
+    model.register_buffer("scratch", torch.zeros(1000), persistent=False)
+    assert size_mb(model) == (4 * (16 + 4 + 4 + 4 * 4) + 8) / 2**20  # the int64 counts batches
 
 
 def test_macs_of_no_weight_stay_whatever_is_cut():

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from models import PRUNABLE, Net, chunked, conv, functional_call, grouped, lived_in, make, mlp
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +29,12 @@ def counted(model, inputs):
 
 def size(model):
     return sum(p.numel() for p in model.parameters())
+
+
+def mib(model):
+    """What a safetensors file of the model has behind its header."""
+    data = save(dict(model.state_dict()))
+    return (len(data) - 8 - int.from_bytes(data[:8], "little")) / 2**20
 
 
 def silenced(model, kept):
@@ -53,6 +60,23 @@ class TestEveryModel:
         model, inputs = make(name)
         small = prune(model, inputs, target={"params": 0.6})
         assert 0.3 < size(small) / size(model) <= 0.6
+
+    def test_fits_into_seven_tenths_of_its_mib_in_a_file(self, name):
+        model, inputs = make(name)
+        small = prune(model, inputs, target={"size_mb": 0.7 * mib(model)})
+        assert 0.3 * mib(model) < mib(small) <= 0.7 * mib(model)
+
+    @pytest.mark.parametrize("ranking", ["local", "isomorphic"])
+    def test_has_half_of_its_macs_in_every_ranking(self, name, ranking):
+        model, inputs = make(name)
+        small = prune(model, inputs, target=HALF, ranking=ranking)
+        assert 0.2 < counted(small, inputs) / counted(model, inputs) <= 0.5
+
+    def test_loses_what_ratios_say(self, name):
+        model, inputs = make(name)
+        small = prune(model, inputs, ratios={"*": 0.5})
+        report = small.slimkit_pruning
+        assert {after / before for before, after, _ in report.groups.values()} == {0.5}
 
     def test_computes_what_the_original_does_without_the_removed_channels(self, name):
         if name == "layernorm_mlp":
@@ -464,3 +488,55 @@ def test_layers_in_a_list_inside_a_network_are_cut():
     model = Net(flow, layers=layers, head=nn.Linear(12, 3))
     small = prune(model, torch.zeros(1, 8), target=HALF)
     assert small.layers[0].out_features < 12
+
+
+def test_importance_is_that_of_the_criterion():
+    class First(Criterion):
+        """The first output channel of a layer has half of the importance, the next a quarter..."""
+
+        def score(self, layer):
+            return 0.5 ** torch.arange(1.0, len(layer.weight) + 1)[:, None]
+
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 1, bias=False))
+    with_one_output = prune(model, torch.ones(1, 4), First(), target={"importance": 0.6})
+    # scores 4 / 2^k + 1 / 2: 2.5, 1.5, 1, 0.75 ... of 7.984; three carry 0.63
+    assert with_one_output.slimkit_pruning.kept["0.weight"][0] == [0, 1, 2]
+
+
+def test_ratios_and_target_share_the_model():
+    model, inputs = make("residual")
+    small = prune(model, inputs, target=HALF, ratios={"down": 0.5})
+    assert (small.down.out_channels, small.stem.out_channels < 8) == (3, True)
+    assert counted(small, inputs) <= 0.5 * counted(model, inputs)
+
+
+def test_max_ratio_holds_the_target_back():
+    model, inputs = make("mlp")
+    small = prune(model, inputs, target={"ratio": 0.5}, max_ratio=[0.25, 0.5])
+    assert (small[0].out_features, small[2].out_features) == (12, 6)
+
+
+@pytest.mark.parametrize("ratios", [None, {}])
+def test_neither_target_nor_ratios_is_an_error(ratios):
+    model, inputs = make("mlp")
+    with pytest.raises(PruningError, match="give a target, .* or ratios"):
+        prune(model, inputs, ratios=ratios)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ratios": {"0": 1}}, {"ranking": "x"}, {"max_ratio": 1}, {"target": {"size_mb": 9}}],
+    ids=str,
+)
+def test_bad_options_are_an_error_and_leave_the_model_alone(options):
+    model, inputs = make("mlp")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruningError):
+        prune(model, inputs, **{"target": HALF, **options})
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_ratios_of_zero_alone_are_an_error():
+    model, inputs = make("mlp")
+    with pytest.raises(PruningError, match="nothing was pruned"):
+        prune(model, inputs, ratios={"0": 0.0})

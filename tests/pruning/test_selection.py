@@ -180,3 +180,90 @@ def test_dense_costs_are_torchs_count():
         model(*inputs)
     chooser = Selector(model, analyse(model, inputs), inputs)
     assert chooser.dense_macs == counter.get_total_flops() / 2
+
+
+# --- rankings and importance ------------------------------------------------------------------
+
+
+def sizes(chooser, target, scores, **more):
+    kept = chooser.choose(scores, target, **more).kept
+    return {name: len(stay) for name, stay in kept.items()}
+
+
+def test_locally_ranked_groups_lose_the_same_fraction_whatever_their_scores():
+    chooser = selector("mlp", ranking="local")
+    scores = {"0": torch.full((16,), 1e-9).double(), "2": torch.ones(12).double()}
+    # 5 of 12 is the first fraction that leaves half of 368: 8 * 10 + 10 * 7 + 7 * 4 = 178
+    assert sizes(chooser, Target("flops", 0.5), scores) == {"0": 10, "2": 7}
+    assert sizes(chooser, Target("flops", 192 / 368), scores) == {"0": 10, "2": 8}  # 6 of 16
+
+
+def test_isomorphic_groups_are_ranked_together_and_each_structure_loses_the_same_fraction():
+    chooser = selector("functional_call", ranking="isomorphic")
+    scores = {
+        "a": torch.arange(8).double() + 1,  # with "b" a pool of 14: loses 7
+        "b": torch.arange(6).double() + 4.5,
+        "c": torch.full((16,), 1e-9).double(),  # alone: loses 8, though all score less
+    }
+    # ranked: a 1 2 3 4, b 4.5, a 5, b 5.5
+    assert sizes(chooser, Target("ratio", 0.5), scores) == {"a": 3, "b": 4, "c": 8}
+
+
+def test_isomorphic_ranking_searches_the_fraction_that_meets_the_target():
+    chooser = selector("functional_call", ranking="isomorphic")
+    flat = {g.name: torch.ones(g.channels).double() for g in chooser.coupling.groups}
+    choice = chooser.choose(flat, Target("params", 0.5))
+    gone = {g.name: 1 - len(choice.kept[g.name]) / g.channels for g in chooser.coupling.groups}
+    pool = (8 * gone["a"] + 6 * gone["b"]) / 14
+    assert choice.parameters <= 0.5 * chooser.dense_parameters
+    assert abs(pool - gone["c"]) < 1 / 14  # in step, to a channel
+
+
+@pytest.mark.parametrize("ranking", ["local", "isomorphic"])
+@pytest.mark.parametrize("measure", ["flops", "params"])
+def test_every_ranking_meets_the_target_with_rounded_groups(ranking, measure):
+    chooser = selector("grouped", ranking=ranking, round_to=2, min_channels=2)
+    choice = chooser.choose(scores_of(chooser), Target(measure, 0.6))
+    dense = {"flops": chooser.dense_macs, "params": chooser.dense_parameters}[measure]
+    assert 0.2 * dense < choice.cost(measure) <= 0.6 * dense
+    assert all(len(stay) >= 2 and len(stay) % 2 == 0 for stay in choice.kept.values())
+
+
+def test_importance_keeps_the_fewest_channels_that_carry_the_share():
+    chooser = selector("mlp")
+    scores = {
+        "0": torch.tensor([0.0, 4, 8, 2, 1, 1] + [0] * 10).double(),  # 8 + 4 + 2 + 1 of 16
+        "2": torch.ones(12).double(),  # 11 of 12 are the first above nine tenths
+    }
+    kept = chooser.choose(scores, Target("importance", 0.9)).kept
+    assert kept["0"].tolist() == [1, 2, 3, 4]
+    assert kept["2"].tolist() == [*range(11)]
+
+
+def test_importance_that_is_met_exactly_needs_no_further_channel():
+    chooser = selector("mlp")
+    scores = {"0": torch.ones(16).double() / 3, "2": torch.ones(12).double() / 7}
+    assert sizes(chooser, Target("importance", 0.75), scores) == {"0": 12, "2": 9}
+
+
+def test_importance_rounds_and_keeps_the_fewest_channels():
+    chooser = selector("mlp", round_to=4, min_channels=6)
+    peaked = {n: torch.eye(size)[0].double() for n, size in (("0", 16), ("2", 12))}
+    assert sizes(chooser, Target("importance", 0.9), peaked) == {"0": 8, "2": 8}
+
+
+def test_importance_is_of_the_dense_group_when_some_of_it_is_gone():
+    chooser = selector("mlp")
+    flat = {"0": torch.ones(16).double(), "2": torch.ones(12).double()}
+    first = chooser.choose(flat, Target("importance", 0.5), progress=0.5)  # 3 of 4 stay
+    assert first.carried == {"0": 0.75, "2": 0.75}
+    dead = {
+        n: s.index_fill(0, torch.arange(len(first.kept[n]), len(s)), -1.0) for n, s in flat.items()
+    }
+    second = chooser.choose(dead, Target("importance", 0.5), carried=first.carried)
+    assert {n: len(stay) for n, stay in second.kept.items()} == {"0": 8, "2": 6}
+
+
+def test_misspelt_ranking_is_an_error_with_the_nearest_name():
+    with pytest.raises(PruningError, match="no ranking is called 'globl'; did you mean 'global'"):
+        selector(ranking="globl")

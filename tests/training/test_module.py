@@ -18,6 +18,7 @@ from torch import nn
 import slimkit
 from slimkit import SlimModule
 from slimkit.errors import SlimkitError
+from slimkit.pruning.cost import size_mb
 from slimkit.quantization.fake import QuantizedModel
 
 pytestmark = pytest.mark.filterwarnings(
@@ -223,6 +224,64 @@ def test_the_target_is_reached_by_a_count_of_its_own(criterion: str) -> None:
     ratio = macs_by_hand(slim.network.net) / macs_by_hand(network())
     assert 0.4 < ratio <= 0.5
     assert slim.state.macs_left == pytest.approx(ratio, abs=1e-6)
+
+
+def scheduled(prune: dict, **options) -> SlimModule:
+    """A module after two epochs of pruning in four steps."""
+    slim = SlimModule(Lit(**options), {"prune": {**PRUNE, "steps": 4, **prune}, **QUIET})
+    fit(slim, max_epochs=2)
+    return slim
+
+
+@pytest.mark.parametrize("ranking", ["global", "local", "isomorphic"])
+def test_a_size_is_reached_in_training(ranking: str) -> None:
+    limit = 0.6 * size_mb(Lit())
+    slim = scheduled({"target": {"size_mb": limit}, "ranking": ranking})
+    assert 0.4 * size_mb(Lit()) < size_mb(slim.network) <= limit
+
+
+def test_ratios_are_reached_in_training_without_a_target() -> None:
+    slim = scheduled({"target": None, "ratios": {"net.3": 0.5, "net": 0.25}})
+    assert widths(slim) == (6, 6)
+
+
+def test_max_ratio_holds_in_training() -> None:
+    assert widths(scheduled({"target": {"ratio": 0.5}, "max_ratio": [0.25, 0.5]})) == (6, 6)
+
+
+def test_ratios_grow_along_the_schedule() -> None:
+    prune = {**PRUNE, "target": None, "ratios": {"net.0": 0.5}, "schedule": "linear"}
+    slim = SlimModule(Lit(), {"prune": prune, **QUIET})
+    seen = []
+    look = Each(lambda: seen.append(len(slim.state.living.get("net.0", range(8)))))
+    fit(slim, max_epochs=2, callbacks=[look])
+    # two steps in the first half of eight batches, each seen a batch later
+    assert seen == [8, 8, 6, 6, 4, 4, 4, 4]
+
+
+def test_importance_lost_over_the_steps_is_that_of_one_step() -> None:
+    # without learning, scores of a layer stay the same; its neighbour is left alone
+    prune = {"target": {"importance": 0.7}, "protect": ["net.3"]}
+    slim = scheduled(prune, lr=0.0)
+    once = slimkit.prune(network(), normal(1, 3, 8, 8), target=prune["target"], protect=["3"])
+    assert slim.network.net[0].out_channels == once[0].out_channels < 8
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_importance_is_remembered_in_a_checkpoint(tmp_path: Path, epoch: int) -> None:
+    recipe = {"prune": {"target": {"importance": 0.7}, "during": [0.0, 0.8]}, **QUIET}
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole, resumed = SlimModule(Lit(), recipe), SlimModule(Lit(), recipe)
+    fit(whole, max_epochs=3, callbacks=[keep])
+    fit(resumed, max_epochs=3, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+    assert resumed.state.carried == whole.state.carried
+    assert widths(resumed) == widths(whole) != (8, 12)
+
+
+def test_a_pattern_that_names_no_layer_is_said_before_training() -> None:
+    slim = SlimModule(Lit(), {"prune": {**PRUNE, "ratios": {"nett.0": 0.5}}, **QUIET})
+    with pytest.raises(SlimkitError, match="ratios: no layer of the model is called 'nett.0'"):
+        fit(slim)
 
 
 def test_the_cut_changes_no_output() -> None:

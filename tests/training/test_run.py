@@ -187,6 +187,15 @@ def test_a_criterion_with_gradients_prunes_at_once(project: Project) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_no_epochs_prune_by_ratios_alone(project: Project) -> None:
+    prune = {"ratios": {"0": 0.25}, "ranking": "isomorphic", "max_ratio": [0.2, 0.6]}
+    project.write(prune=prune, quantize=None, trainer={"max_epochs": 0, "accelerator": "cpu"})
+    done = project.here()
+    assert done.returncode == 0, done.stderr
+    groups = project.manifest()["pruning"]["groups"]
+    assert {name: group[:2] for name, group in groups.items()} == {"0": [48, 36], "3": [64, 64]}
+
+
 def test_the_same_recipe_and_seed_give_the_same_weights_ranges_and_metric(
     project: Project,
 ) -> None:
