@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.folder import data_folder
 from slimkit.errors import SlimkitError
 
 MEAN = (0.485, 0.456, 0.406)
@@ -52,7 +52,7 @@ class Cifar10(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.folder = data_folder(root) / "cifar10"
+        self.folder = data_folder(root, "cifar10") / "cifar10"
         self.batch_size = batch_size
         self.train_images = TRAIN - val_images if train_images is None else train_images
         self.val_images = val_images
@@ -147,21 +147,6 @@ def crop_and_flip(pixels: Tensor, moves: torch.Generator, border: int = 4) -> Te
     rows = top + torch.arange(height)  # (N, H)
     columns = left + torch.where(mirrored, across.flip(0), across)  # (N, W)
     return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def data_folder(root: str | None = None) -> Path:
-    """Return the data folder, `root` or what the variable SLIMKIT_DATA names.
-
-    Raises:
-        SlimkitError: if neither is given or there is no ``cifar10`` folder in it.
-    """
-    given = root or os.environ.get("SLIMKIT_DATA")
-    if not given:
-        raise SlimkitError("Cifar10: pass root, or set SLIMKIT_DATA to the data folder")
-    folder = Path(given)
-    if not (folder / "cifar10").is_dir():
-        raise SlimkitError(f"Cifar10: there is no folder 'cifar10' in {folder.resolve()}")
-    return folder
 
 
 def _sheet(file: Path) -> Tensor:

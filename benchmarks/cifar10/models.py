@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.cifar10.data import data_folder
+from benchmarks.folder import data_folder
 
 
 class Block(nn.Module):
