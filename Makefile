@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 DEMO := .venv
 TEST := .venv-test
+ZOO := torchvision==0.28.0 timm==1.0.31 huggingface_hub==2.4.0
+ZOO_PATH := $(TEST)/zoo:../shared/tools
 
 .PHONY: help demo test test-slow lint format bench clean
 help:  ## list the targets
@@ -12,9 +14,12 @@ $(DEMO)/.ready: pyproject.toml constraints.txt
 	$(DEMO)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
+# torchvision and timm lie apart, for tests that run architectures in a process of their own: beside
+# a CPU build of torch, torchvision does not import, and torchmetrics imports it where it finds it.
 $(TEST)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(TEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(TEST)/zoo $(ZOO)
 	@touch $@
 
 demo: $(DEMO)/.ready  ## prune, distil, quantize, export and prove, on real data, in 3 minutes
@@ -36,7 +41,9 @@ format: $(TEST)/.ready  ## rewrite the code in the house's style
 	$(TEST)/bin/ruff check --fix
 	$(TEST)/bin/ruff format
 
-bench: $(TEST)/.ready  ## CIFAR-10 on a pretrained ResNet-56; SLIMKIT_DATA names the data folder
+bench: $(TEST)/.ready  ## all of benchmarks/, an hour; SLIMKIT_DATA names the data folder
+	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/run.py --output runs/zoo
+	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/versus.py
 	$(TEST)/bin/slimkit run benchmarks/cifar10/recipe.yaml --output runs/cifar10
 
 clean:  ## remove environments and caches, keep runs/

@@ -219,14 +219,26 @@ def glu(walk: Propagation, node: fx.Node, name: str) -> Any:
 def view(walk: Propagation, node: fx.Node, name: str) -> Any:
     """Merge and split dimensions, block by block of equal product."""
     x = walk.tensor(node, 0)
-    shape = shape_of(node)
+    shape, open_ = shape_of(node), _left_open(node, len(x))
     out: Dims = []
     for before, after in _blocks([len(dim) for dim in x], shape):
-        out += _reshaped(walk, [x[d] for d in before], [shape[d] for d in after], name)
+        follows = after.index(open_) if open_ in after else None
+        out += _reshaped(walk, [x[d] for d in before], [shape[d] for d in after], name, follows)
     return out
 
 
-def _reshaped(walk: Propagation, dims: Dims, sizes: list[int], name: str) -> Dims:
+def _left_open(node: fx.Node, dims: int) -> int | None:
+    """The dimension of the result whose size the code leaves open with -1."""
+    if option(node, "sizes") is not None:  # unflatten
+        asked, start = option(node, "sizes"), option(node, "dim") % dims
+    else:
+        asked, start = option(node, "size") or option(node, "shape") or [], 0
+    return start + list(asked).index(-1) if -1 in asked else None
+
+
+def _reshaped(
+    walk: Propagation, dims: Dims, sizes: list[int], name: str, follows: int | None
+) -> Dims:
     if len(dims) == len(sizes) == 1:
         return dims
     for dim in dims:
@@ -261,7 +273,13 @@ def _reshaped(walk: Propagation, dims: Dims, sizes: list[int], name: str) -> Dim
         if (rows == rows[0]).all():
             return along({k: rows[0]})
     # The channels are split: the same positions of all parts go together, as in attention heads
-    # and channel shuffles; verification tells whether the user's code allows it.
+    # and channel shuffles, or whole parts do, where the code says so or makes pairs;
+    # verification tells whether the user's code allows it.
+    if len(long) == 1 and len(big) == 2:
+        k, pairs = big[0], sizes[big[1]] == 2 < sizes[big[0]]
+        if follows == k or (follows is None and pairs):
+            rows = np.moveaxis(lattice, k, -1).reshape(-1, sizes[k])
+            return along({k: walk.ids.tie_rows(rows, name)})
     last = big[-1]
     part = sizes[last] // inner
     if sizes[last] % inner or len(channel) % part:

@@ -316,6 +316,21 @@ def test_shuffled_channels_lose_the_same_position_of_every_part():
     assert proven(model, IMAGE) == ["a"]
 
 
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda x: x.unflatten(1, (-1, 2)),
+        lambda x: x.reshape(len(x), -1, 2, *x.shape[2:]),
+        lambda x: x.reshape(len(x), x.shape[1] // 2, 2, *x.shape[2:]),
+    ],
+)
+def test_shuffled_pairs_go_whole(split):
+    model = between(lambda net, x: split(x).transpose(1, 2).flatten(1, 2))
+    group = found(model, IMAGE)["a"]
+    assert (group[A], group[Z]) == ([0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 2, 3, 0, 1, 2, 3])
+    assert proven(model, IMAGE) == ["a"]
+
+
 def test_channel_shuffle_module_is_the_same_shuffle():
     group = found(between(lambda net, x: net.s(x), s=nn.ChannelShuffle(2)), IMAGE)["a"]
     assert (group[A], group[Z]) == ([0, 1, 2, 3, 0, 1, 2, 3], [0, 0, 1, 1, 2, 2, 3, 3])
