@@ -54,6 +54,16 @@ def test_the_plan_as_json(prune):
     assert plan["macs"]["after"] <= 0.51 * plan["macs"]["before"]
 
 
+def test_ratios_limits_and_rankings_reach_the_plan(prune):
+    plan = json.loads(prune(*NET, "--plan", "--json", "--ratio", "stage1.?.conv1=0.25").stdout)
+    kept = {name: group["kept"] for name, group in plan["groups"].items()}
+    assert (kept["stage1.0.conv1"], kept["stage1.1.conv1"], kept["conv"]) == (48, 48, 64)
+    local = ("--target", "params=0.5", "--ranking", "local", "--max-ratio", "0.9,0.9")
+    groups = json.loads(prune(*NET, "--plan", "--json", *local).stdout)["groups"].values()
+    shares = [group["kept"] / group["channels"] for group in groups]
+    assert max(shares) - min(shares) < 0.05
+
+
 def test_token_ids_are_whole_numbers(prune, tmp_path):
     (tmp_path / "tokens.py").write_text(
         "from torch import nn\n\n\ndef net():\n"
@@ -68,6 +78,10 @@ def test_token_ids_are_whole_numbers(prune, tmp_path):
     [
         (("digits", "-i", "1"), "should look like 'package.module:function', not 'digits'"),
         ((*NET, "--target", "half"), "should be such as flops=0.5, not 'half'"),
+        ((*NET, "--ratio", "stage1"), "should be such as layer1=0.3, not 'stage1'"),
+        ((*NET, "--ratio", "stage9=0.5"), "no layer of the model is called 'stage9'"),
+        ((*NET, "--max-ratio", "much"), "should be such as 0.6 or 0.2,0.6, not 'much'"),
+        ((*NET, "--max-ratio", "0.1,0.1"), "max_ratio"),
         ((*NET, "--target", "flop=0.5"), "target must name exactly one of"),
         (("slimkit.demo.digits:resnet", "-i", "1,1,x"), "should be sizes such as 1,3,224,224"),
         (("slimkit.demo.digits:resnet", "-i", "1,1:f3"), "torch has no type 'f3'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -26,10 +26,31 @@ if TYPE_CHECKING:
 @click.option(
     "--target",
     "-t",
-    default="flops=0.5",
-    show_default=True,
     metavar="MEASURE=VALUE",
-    help="How far: flops or params (the fraction that is left), or ratio (of channels removed).",
+    help="How far: flops or params (the fraction that is left), size_mb (MiB left), ratio (of "
+    "channels removed), or importance (share of its scores that each group keeps).  [default: "
+    "flops=0.5, or none with --ratio]",
+)
+@click.option(
+    "--ratio",
+    "-r",
+    "ratios",
+    multiple=True,
+    metavar="PATTERN=VALUE",
+    help="Fraction of channels that matching layers lose, whatever the target; may be repeated.",
+)
+@click.option(
+    "--ranking",
+    type=click.Choice(["global", "local", "isomorphic"]),
+    default="global",
+    show_default=True,
+    help="Rank the channels of all groups together, of each alone, or of equal structures.",
+)
+@click.option(
+    "--max-ratio",
+    metavar="VALUE[,VALUE]",
+    help="The largest fraction of channels that a group may lose; two of them for the first and "
+    "the last group of the model.",
 )
 @click.option("--criterion", "-c", default="l1", show_default=True, help="A plugin's name.")
 @click.option(
@@ -57,7 +78,10 @@ if TYPE_CHECKING:
 def prune(
     model: str,
     inputs: tuple[str, ...],
-    target: str,
+    target: str | None,
+    ratios: tuple[str, ...],
+    ranking: Literal["global", "local", "isomorphic"],
+    max_ratio: str | None,
     criterion: str,
     protect: tuple[str, ...],
     round_to: int,
@@ -81,7 +105,11 @@ def prune(
 
     if not is_import_path(model):
         raise click.BadParameter(f"should look like 'package.module:function', not {model!r}")
-    measure, value = _target(target)
+    if target is None and not ratios:
+        target = "flops=0.5"
+    aim = dict([_pair(target, "--target", "flops=0.5")]) if target else None
+    fixed = dict(_pair(text, "--ratio", "layer1=0.3") for text in ratios)
+    limit = _limit(max_ratio)
     shapes = [_shape(text) for text in inputs]
 
     import json
@@ -106,7 +134,10 @@ def prune(
             dense,
             tuple(_example(*shape) for shape in shapes),
             criterion,
-            target={measure: value},
+            target=aim,
+            ratios=fixed or None,
+            ranking=ranking,
+            max_ratio=limit,
             protect=protect,
             round_to=round_to,
             min_channels=min_channels,
@@ -123,14 +154,26 @@ def prune(
     click.echo("nothing was written (--plan)" if plan else saved)
 
 
-def _target(text: str) -> tuple[str, float]:
-    measure, _, number = text.partition("=")
+def _pair(text: str, option: str, example: str) -> tuple[str, float]:
+    name, _, number = text.rpartition("=")
     try:
-        return measure.strip(), float(number)
+        return name.strip(), float(number)
     except ValueError:
         raise click.BadParameter(
-            f"should be such as flops=0.5, not {text!r}", param_hint="--target"
+            f"should be such as {example}, not {text!r}", param_hint=option
         ) from None
+
+
+def _limit(text: str | None) -> float | list[float] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"should be such as 0.6 or 0.2,0.6, not {text!r}", param_hint="--max-ratio"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], str]:
