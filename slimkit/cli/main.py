@@ -10,6 +10,10 @@ import click
 
 from slimkit.errors import SlimkitError
 
+# Threads that spin while they wait for each other make small networks several times slower wherever
+# another process wants a core as well; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 COMMANDS = {
     "run": "slimkit.cli.run:run",
     "check": "slimkit.cli.check:check",
