@@ -133,13 +133,14 @@ def _grouped(walk: Propagation, tensors: dict[str, Tensor]) -> Coupling:
             why = next((reasons[r] for r in roots.tolist() if r in reasons), "it is fixed")
             frozen.setdefault(_name(place, [*names.values()]), why)
     members: dict[int, list[Member]] = {key: [] for key in names}
+    only_read = walk.reads - walk.makes
     for tensor, dims in walk.tensors.items():
         for d, dim in enumerate(dims):
             roots = labels[dim]
             for key in np.unique(group_of[roots[~stays[roots]]]).tolist():
                 if key in names:
                     channel = torch.tensor([numbers[key].get(r, -1) for r in roots.tolist()])
-                    role: Role = "in" if (tensor, d) in walk.reads - walk.makes else "out"
+                    role: Role = "in" if (tensor, d) in only_read else "out"
                     norm = walk.norms.get(tensor, "")
                     members[key].append(Member(tensor, d, role, channel, norm))
     for key in [key for key in names if len(numbers[key]) == 1]:

@@ -113,7 +113,7 @@ class Trial:
         try:
             model(*inputs)
         except Exception as error:
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            return _in_one_line(error)
         return ""
 
     def _failure_in_training(self, kept: Sequence[tuple[Group, Tensor]]) -> str:
@@ -131,8 +131,7 @@ class Trial:
             remove_(removed, kept_positions(kept))
             after = tensors_of(removed(*self.inputs))
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
-            return f"the cut model does not run: {type(error).__name__}: {said}"
+            return f"the cut model does not run: {_in_one_line(error)}"
         zeroed = self._copy().eval()
         for group, stay in kept:
             _zero_(zeroed, group, stay)
@@ -155,6 +154,10 @@ class Trial:
                 data = tensors[member.tensor].data
                 tensors[member.tensor].data = data.index_select(member.dim, source.to(data.device))
         return tensors_of(probe(*self.inputs))
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _lively(x: Tensor) -> Tensor:
