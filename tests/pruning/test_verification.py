@@ -146,6 +146,17 @@ def test_verification_leaves_the_model_as_it_was():
     assert all(m.training for m in model.modules())
 
 
+def test_groups_that_fit_only_while_they_lose_the_same_share_are_frozen():
+    def flow(net, x):
+        x = net.a(x)
+        return net.z(net.b(x).reshape(len(x), 2, x.shape[1] // 2).flatten(1))
+
+    coupling = checked(Net(flow, a=nn.Linear(8, 8), b=nn.Linear(8, 8), z=nn.Linear(8, 4)), X)
+    assert names(coupling) == []
+    assert "does not run" in coupling.frozen["a"]
+    assert "does not run" in coupling.frozen["b"]
+
+
 def test_wrong_order_is_found_where_the_head_is_still_all_zero():
     model = flipped()
     model.b.weight.data.zero_()
