@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections import OrderedDict
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -24,15 +26,48 @@ def copied(module: M, *, share: bool = False) -> M:
     >>> copied(net).last.requires_grad
     False
     """
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
     if share:
         for parameter in module.parameters():
             if type(parameter) is nn.Parameter:  # a subclass holds more than its numbers
                 flag = parameter.requires_grad
                 memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=flag)
+        for buffer in module.buffers():
+            if type(buffer) is Tensor:
+                memo[id(buffer)] = buffer.detach().clone()
     for part in module.modules():
-        kept = {k: v for k, v in vars(part).items() if k not in ("_parameters", "_modules")}
-        for leaf in tree_leaves(kept):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                memo[id(leaf)] = leaf.detach().clone()
+        for name, value in vars(part).items():
+            if name not in ("_parameters", "_modules") and not _is_plain(value):
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                        memo[id(leaf)] = leaf.detach().clone()
+    return _copied(module, memo)
+
+
+_PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.Size})
+"""Types whose values nobody can change."""
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it holds nothing that would have to be copied."""
+    return type(value) in _PLAIN or (type(value) in (dict, OrderedDict) and not value)
+
+
+def _copied(module: M, memo: dict[int, Any]) -> M:
+    """What copy.deepcopy gives, several times faster where modules are as nn.Module makes them."""
+    for part in module.modules():
+        kind = type(part)
+        if not hasattr(kind, "__deepcopy__") and all(
+            getattr(kind, method) is getattr(nn.Module, method)
+            for method in ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+        ):
+            memo[id(part)] = kind.__new__(kind)
+    for part in module.modules():
+        twin = memo.get(id(part))
+        if twin is not None:
+            for name, value in vars(part).items():
+                if not _is_plain(value):
+                    vars(twin)[name] = copy.deepcopy(value, memo)
+                else:
+                    vars(twin)[name] = type(value)() if isinstance(value, dict) else value
     return copy.deepcopy(module, memo)

@@ -65,6 +65,15 @@ class GateError(SlimkitError):
     exit_code = 3
 
 
+def in_one_line(error: Exception) -> str:
+    r"""The kind of an error and the first line of its text.
+
+    >>> in_one_line(ValueError("no such shape\\nsee above"))
+    'ValueError: no such shape'
+    """
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The way out of a misspelling, to end a message with.
 

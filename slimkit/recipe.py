@@ -188,8 +188,8 @@ class Prune(_Node):
     schedule: Literal["cubic", "linear", "one-shot"] = Field(
         default="cubic", description="How the pruned fraction grows between begin and end."
     )
-    engine: Literal["export", "torch-pruning"] = Field(
-        default="export", description="What finds the channels that belong together."
+    engine: Literal["slimkit", "export", "torch-pruning"] = Field(
+        default="slimkit", description="What finds the channels that belong together."
     )
     protect: Patterns = Field(
         default=(), description="Modules that keep all channels; * and ? allowed."

@@ -255,7 +255,7 @@ def _report_in(saved: Mapping[str, Any]) -> PruningReport:
     groups = {
         name: (before, after, list(on)) for name, (before, after, on) in saved["groups"].items()
     }
-    before_after = {k: (saved[k][0], saved[k][1]) for k in ("macs", "parameters")}
+    before_after = {k: (saved[k][0], saved[k][1]) for k in ("macs", "parameters", "size_mb")}
     return PruningReport(groups, saved["frozen"], **before_after, kept=kept)
 
 

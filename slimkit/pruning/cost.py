@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,20 +14,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimkit.calls import WEIGHTED, CallMode
 from slimkit.copies import copied
-from slimkit.pruning.removal import Kept
+from slimkit.pruning.counting import Removed
 
 MIB = 2**20
 
 
-@torch.no_grad()
 def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
     """Multiply-accumulates of one forward on `example_inputs`, as PyTorch's own counter has it.
 
     Convolutions, linear layers and matrix products count; additions and activations do not.
+    `model` is not changed.
     """
-    probe = copied(model, share=True).eval()
+    return counted(copied(model, share=True).eval(), example_inputs)
+
+
+@torch.no_grad()
+def counted(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
+    """`macs` of a model in evaluation mode whose forward may leave something in it."""
     with FlopCounterMode(display=False) as counter:
-        probe(*example_inputs)
+        model(*example_inputs)
     return int(counter.get_total_flops()) // 2
 
 
@@ -84,14 +90,20 @@ class CostModel:
     Args:
         macs_per_weight: how often one weight of each tensor is used in a forward.
         shapes: shape of each parameter.
-        fixed_macs: multiply-accumulates that belong to no weight (attention).
+        measured_macs: what PyTorch's counter counts in the same forward.
         stored: shape of each tensor that a file holds, and bytes of one of its values.
     """
 
     macs_per_weight: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
-    fixed_macs: int
+    measured_macs: int
     stored: dict[str, tuple[tuple[int, ...], int]]
+
+    @cached_property
+    def fixed_macs(self) -> int:
+        """Multiply-accumulates that belong to no weight (attention)."""
+        known = sum(n * math.prod(self.shapes[name]) for name, n in self.macs_per_weight.items())
+        return max(0, round(self.measured_macs - known))
 
     @classmethod
     @torch.no_grad()
@@ -99,29 +111,29 @@ class CostModel:
         """Measure `model` once."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         probe = copied(model, share=True).eval()
-        counter = _Uses(probe)
-        with counter:
+        uses = _Uses(probe)
+        with FlopCounterMode(display=False) as flops, uses:
             probe(*example_inputs)
-        total = macs(model, example_inputs)
-        known = sum(n * math.prod(shapes[name]) for name, n in counter.uses.items())
         stored = {n: (tuple(t.shape), t.element_size()) for n, t in _stored(model).items()}
-        return cls(counter.uses, shapes, max(0, round(total - known)), stored)
+        return cls(uses.uses, shapes, int(flops.get_total_flops()) // 2, stored)
 
-    def predict(self, kept: Kept) -> tuple[float, float]:
-        """MACs and parameters of the model cut down to `kept`."""
+    def predict(self, removed: Removed) -> tuple[float, float]:
+        """MACs and parameters of the model without the positions that are `removed`."""
         total_macs, total_parameters = float(self.fixed_macs), 0.0
         for name, shape in self.shapes.items():
-            numel = _numel(shape, kept.get(name, {}))
+            numel = _numel(shape, removed.get(name, {}))
             total_parameters += numel
             total_macs += self.macs_per_weight.get(name, 0.0) * numel
         return total_macs, total_parameters
 
-    def predict_size_mb(self, kept: Kept) -> float:
-        """MiB of the model cut down to `kept`, as `size_mb` counts them."""
-        each = (_numel(s, kept.get(name, {})) * width for name, (s, width) in self.stored.items())
-        return sum(each) / MIB
+    def predict_size_mb(self, removed: Removed) -> float:
+        """MiB of the model without what is `removed`, as `size_mb` counts them."""
+        left = (
+            _numel(s, removed.get(name, {})) * width for name, (s, width) in self.stored.items()
+        )
+        return sum(left) / MIB
 
 
-def _numel(shape: tuple[int, ...], kept: Mapping[int, list[int]]) -> int:
+def _numel(shape: tuple[int, ...], removed: Mapping[int, int]) -> int:
     """How many values are left of a tensor."""
-    return math.prod(len(kept[d]) if d in kept else size for d, size in enumerate(shape))
+    return math.prod(size - removed.get(d, 0) for d, size in enumerate(shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
@@ -51,6 +52,11 @@ class Group:
     def layers(self) -> list[str]:
         """The coupled layers, without the tensors' own names."""
         return list(dict.fromkeys(m.tensor.rpartition(".")[0] for m in self.members))
+
+    @cached_property
+    def partial(self) -> list[Member]:
+        """The tensors that hold some of the channels only."""
+        return [m for m in self.members if len(m.channel[m.channel >= 0].unique()) < self.channels]
 
     @property
     def makers(self) -> list[str]:

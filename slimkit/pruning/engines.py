@@ -9,11 +9,11 @@ from torch import nn
 from slimkit.errors import PruningError
 from slimkit.pruning.coupling import Coupling
 
-Engine = Literal["export", "torch-pruning"]
+Engine = Literal["slimkit", "export", "torch-pruning"]
 
 
 def find_groups(
-    model: nn.Module, example_inputs: tuple[Any, ...], engine: Engine = "export"
+    model: nn.Module, example_inputs: tuple[Any, ...], engine: Engine = "slimkit"
 ) -> Coupling:
     """List the groups of coupled channels of `model`, which is not changed.
 
@@ -23,18 +23,24 @@ def find_groups(
     Args:
         model: the model.
         example_inputs: the forward's arguments.
-        engine: ``export``, slimkit's own analysis of the graph of torch.export; or
-            ``torch-pruning``, Torch-Pruning's dependency graph, which traces autograd.
+        engine: ``slimkit``, slimkit's own analysis of the operations of one forward; ``export``,
+            the same analysis of the graph of torch.export, which is slower and follows no values;
+            or ``torch-pruning``, Torch-Pruning's dependency graph, which traces autograd.
 
     Raises:
         PruningError: the engine is unknown or cannot trace the model.
     """
-    if engine == "export":
-        from slimkit.pruning.exported import groups_by_export
+    if engine == "slimkit":
+        from slimkit.pruning.analysis import groups_by_analysis
 
-        return groups_by_export(model, example_inputs)
+        return groups_by_analysis(model, example_inputs)
+    if engine == "export":
+        from slimkit.pruning.analysis import groups_by_analysis
+        from slimkit.pruning.exporting import exported
+
+        return groups_by_analysis(model, example_inputs, [exported])
     if engine == "torch-pruning":
         from slimkit.pruning.dependency_graph import groups_by_dependency_graph
 
         return groups_by_dependency_graph(model, example_inputs)
-    raise PruningError(f"engine must be 'export' or 'torch-pruning', not {engine!r}")
+    raise PruningError(f"engine must be 'slimkit', 'export' or 'torch-pruning', not {engine!r}")

@@ -77,6 +77,11 @@ class Propagation:
         """An input of the model: all its dimensions must stay."""
         self._values[node] = [fixed(size) for size in shape]
 
+    def constant(self, node: fx.Node, shape: Sequence[int]) -> None:
+        """A tensor that the code holds: all its dimensions must stay."""
+        self.argument(node, shape)
+        self._weights.add(node)
+
     def value(self, node: fx.Node) -> Any:
         """Identities of what a node gives: `Dims`, or a tuple of them; None for no tensor."""
         return self._values.get(node)

@@ -14,7 +14,7 @@ from slimkit.copies import copied
 from slimkit.errors import PruningError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.batchnorm import reestimate_
-from slimkit.pruning.cost import macs, parameters, size_mb
+from slimkit.pruning.cost import counted, macs, parameters, size_mb
 from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.engines import Engine, find_groups
 from slimkit.pruning.patterns import check_pattern, covers
@@ -27,6 +27,7 @@ from slimkit.pruning.targets import COSTS, Target
 from slimkit.pruning.verification import verified
 from slimkit.registry import discover
 
+TRIES = 4
 CLOSE = 0.01  # of the dense cost: how near the measured figure must come to the target
 
 
@@ -34,7 +35,7 @@ def analyse(
     model: nn.Module,
     inputs: tuple[Any, ...],
     protect: Sequence[str] = (),
-    engine: Engine = "export",
+    engine: Engine = "slimkit",
 ) -> Coupling:
     """The groups of `model` that may be cut, each verified; the rest frozen with its reason.
 
@@ -61,11 +62,22 @@ def analyse(
 
 
 def cut_(
-    model: nn.Module, coupling: Coupling, kept: Mapping[str, Tensor], inputs: tuple[Any, ...]
+    model: nn.Module,
+    coupling: Coupling,
+    kept: Mapping[str, Tensor],
+    inputs: tuple[Any, ...],
+    macs_before_and_after: tuple[int, int] | None = None,
 ) -> PruningReport:
     """Remove all channels but `kept` from `model` in place, and report what was measured.
 
     The report is also left at ``model.slimkit_pruning``; it composes with an earlier one.
+
+    Args:
+        model: is cut.
+        coupling: its groups.
+        kept: group name to the channel numbers that stay.
+        inputs: the forward's arguments, to measure with.
+        macs_before_and_after: what was measured already for exactly this cut.
 
     Raises:
         PruningError: nothing would be removed.
@@ -77,14 +89,17 @@ def cut_(
             "nothing was pruned: no channel may go. "
             + ("; ".join(f"{n}: {r}" for n, r in list(coupling.frozen.items())[:5]) or "no group")
         )
-    before = (macs(model, inputs), parameters(model))
+    before = (parameters(model), size_mb(model))
+    dense = macs_before_and_after[0] if macs_before_and_after else macs(model, inputs)
     remove_(model, positions)
+    left = macs_before_and_after[1] if macs_before_and_after else macs(model, inputs)
     earlier = getattr(model, "slimkit_pruning", None)
     report = PruningReport(
         groups={g.name: (g.channels, len(stay), g.layers) for g, stay in pairs},
         frozen=dict(coupling.frozen),
-        macs=(before[0], macs(model, inputs)),
-        parameters=(before[1], parameters(model)),
+        macs=(dense, left),
+        parameters=(before[0], parameters(model)),
+        size_mb=(before[1], size_mb(model)),
         kept=compose(earlier.kept, positions) if earlier is not None else positions,
     )
     model.slimkit_pruning = report  # type: ignore[assignment]  # a plain attribute, not a module
@@ -98,22 +113,25 @@ def cut_to_target_(
     target: Target | None,
     inputs: tuple[Any, ...],
 ) -> PruningReport:
-    """Choose, cut and measure in place; tightens the choice where the prediction was too kind.
+    """Choose, cut and measure in place; corrects the choice where the prediction was off.
 
     Raises:
         PruningError: nothing would be removed, or the target is out of reach by prediction or by
-            measurement; the model is as it was.
+            measurement, or the cut model does not run; the model is as it was.
     """
     coupling = selector.coupling
     if target is None or target.measure not in COSTS:
         return cut_(model, coupling, selector.choose(scores, target).kept, inputs)
+    dense = selector.cost.measured_macs
     aim = target
-    for _ in range(4):
-        choice = selector.choose(scores, aim)
+    for _ in range(TRIES):
+        kept = selector.choose(scores, aim).kept
         probe = copied(model, share=True)
-        reached, close = _reached(target, cut_(probe, coupling, choice.kept, inputs), probe)
+        remove_(probe, kept_positions((g, kept[g.name]) for g in coupling.groups))
+        left = counted(probe.eval(), inputs)
+        reached, close = _reached(target, (dense, left), selector, probe)
         if reached <= target.value + close:
-            return cut_(model, coupling, choice.kept, inputs)
+            return cut_(model, coupling, kept, inputs, (dense, left))
         aim = Target(target.measure, max(1e-3, aim.value - (reached - target.value)))
     raise PruningError(
         f"target {target} cannot be reached: {reached:.3f} is left by measurement, more than "
@@ -121,12 +139,15 @@ def cut_to_target_(
     )
 
 
-def _reached(target: Target, report: PruningReport, model: nn.Module) -> tuple[float, float]:
+def _reached(
+    target: Target, measured_macs: tuple[int, int], selector: Selector, model: nn.Module
+) -> tuple[float, float]:
     """The measured figure of a cut model in the target's unit, and how far it may be above it."""
     if target.measure == "size_mb":
         return size_mb(model), 0.0
-    before, after = report.macs if target.measure == "flops" else report.parameters
-    return after / max(1, before), CLOSE
+    if target.measure == "params":
+        return parameters(model) / max(1.0, selector.dense_parameters), CLOSE
+    return measured_macs[1] / max(1, measured_macs[0]), CLOSE
 
 
 def prune(
@@ -145,7 +166,7 @@ def prune(
     min_channels: int = 1,
     data_batches: int = 8,
     batchnorm_batches: int = 20,
-    engine: Engine = "export",
+    engine: Engine = "slimkit",
 ) -> nn.Module:
     """A pruned copy of `model`; the given model is not changed.
 
@@ -180,8 +201,8 @@ def prune(
         min_channels: the fewest channels of a group.
         data_batches: batches for a criterion's gradients.
         batchnorm_batches: batches for batch-norm re-estimation; 0 turns it off.
-        engine: what finds coupled channels: ``export`` (slimkit's own analysis) or
-            ``torch-pruning``.
+        engine: what finds coupled channels: ``slimkit`` (the operations of one forward),
+            ``export`` (those in the graph of torch.export) or ``torch-pruning``.
 
     Returns:
         The smaller module, of the same class; ``print(module.slimkit_pruning)`` says what went.

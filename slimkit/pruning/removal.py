@@ -49,7 +49,7 @@ def best(group: Group, order: Tensor, size: int) -> Tensor:
     stays = torch.zeros(group.channels + 1, dtype=torch.bool)
     stays[order[:size]] = True
     stays[-1] = True  # position -1: channels of another group
-    for member in group.members:
+    for member in group.partial:
         if not stays[member.channel].any():
             stays[order[torch.isin(order, member.channel)][0]] = True
     return stays[:-1].nonzero().flatten()

@@ -17,6 +17,7 @@ class PruningReport:
         frozen: group name to the reason why it was left whole.
         macs: multiply-accumulates before and after, measured.
         parameters: parameters before and after, measured.
+        size_mb: MiB of all parameters and buffers before and after, measured.
         kept: the positions that remain in each tensor of the model as its function builds it.
     """
 
@@ -24,6 +25,7 @@ class PruningReport:
     frozen: dict[str, str]
     macs: tuple[int, int]
     parameters: tuple[int, int]
+    size_mb: tuple[float, float]
     kept: Kept = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -35,6 +37,7 @@ class PruningReport:
         return {
             "macs": {"before": self.macs[0], "after": self.macs[1]},
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+            "size_mb": {"before": self.size_mb[0], "after": self.size_mb[1]},
             "groups": groups,
             "left_whole": self.frozen,
         }
@@ -46,6 +49,8 @@ class PruningReport:
             f"({self.macs[1] / max(1, self.macs[0]):.1%})",
             f"parameters  {self.parameters[0]:>14,} -> {self.parameters[1]:>14,}  "
             f"({self.parameters[1] / max(1, self.parameters[0]):.1%})",
+            f"MiB         {self.size_mb[0]:>14,.2f} -> {self.size_mb[1]:>14,.2f}  "
+            f"({self.size_mb[1] / max(1e-9, self.size_mb[0]):.1%})",
         ]
         for name, (before, after, layers) in self.groups.items():
             coupled = f"  with {', '.join(layers[1:4])}" if len(layers) > 1 else ""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimkit.errors import PruningError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Criterion, Layer
-from slimkit.pruning.coupling import Coupling
+from slimkit.pruning.coupling import Coupling, Member
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Takes the model and one batch, gives the scalar to differentiate."""
@@ -30,31 +30,39 @@ def group_scores(model: nn.Module, coupling: Coupling, criterion: Criterion) -> 
         PruningError: a gradient is missing, or a score is not finite.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    scores = {}
+    totals = {g.name: torch.zeros(g.channels, dtype=torch.float64) for g in coupling.groups}
+    members: dict[str, list[tuple[str, Member]]] = {}
     for group in coupling.groups:
-        total = torch.zeros(group.channels, dtype=torch.float64)
         for member in group.members:
-            weight = tensors.get(member.tensor)
-            if weight is None or weight.dim() < 2:
-                continue
-            layer = Layer(
-                name=member.tensor,
-                weight=weight.detach(),
-                gradient=_gradient(member.tensor, weight, criterion),
-                norm_scale=_detached(tensors.get(f"{member.norm}.weight")),
-            )
-            score = criterion.score(layer).double().expand_as(weight)
-            sums = score.transpose(0, member.dim).flatten(1).sum(1).cpu()
+            members.setdefault(member.tensor, []).append((group.name, member))
+    for name, holders in members.items():
+        weight = tensors.get(name)
+        if weight is None or weight.dim() < 2:
+            continue
+        norm = next((member.norm for _, member in holders if member.norm), "")
+        layer = Layer(
+            name=name,
+            weight=weight.detach(),
+            gradient=_gradient(name, weight, criterion),
+            norm_scale=_detached(tensors.get(f"{norm}.weight")),
+        )
+        score = criterion.score(layer).expand_as(weight)
+        for group_name, member in holders:
+            others = [d for d in range(weight.dim()) if d != member.dim]
+            sums = score.sum(others, dtype=torch.float64).cpu()
             inside = member.channel >= 0
-            total.index_add_(0, member.channel[inside], sums[inside])
-        if not torch.isfinite(total).all():
-            raise PruningError(
-                f"criterion {type(criterion).__name__} gave a score that is not a finite number in "
-                f"group {group.name!r}; do its weights or gradients hold NaN or infinity?"
-            )
-        mean = total.mean()
-        scores[group.name] = total / mean if mean > 0 else total
-    return scores
+            totals[group_name].index_add_(0, member.channel[inside], sums[inside])
+    return {name: _normalized(name, total, criterion) for name, total in totals.items()}
+
+
+def _normalized(group: str, total: Tensor, criterion: Criterion) -> Tensor:
+    if not torch.isfinite(total).all():
+        raise PruningError(
+            f"criterion {type(criterion).__name__} gave a score that is not a finite number in "
+            f"group {group!r}; do its weights or gradients hold NaN or infinity?"
+        )
+    mean = total.mean()
+    return total / mean if mean > 0 else total
 
 
 def _gradient(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:

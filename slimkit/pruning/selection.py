@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from slimkit.errors import PruningError, did_you_mean
 from slimkit.pruning.cost import CostModel
+from slimkit.pruning.counting import Counting
 from slimkit.pruning.coupling import Coupling, Group
 from slimkit.pruning.limits import Limits
 from slimkit.pruning.rankings import RANKINGS, Removals, removals
-from slimkit.pruning.removal import best, kept_positions, tensors_by_name
+from slimkit.pruning.removal import best, tensors_by_name
 from slimkit.pruning.targets import Target
 
 
@@ -38,10 +39,6 @@ class Choice:
     parameters: float
     size_mb: float
     carried: dict[str, float]
-
-    def cost(self, measure: str) -> float:
-        """The prediction for ``flops``, ``params`` or ``size_mb``."""
-        return {"flops": self.macs, "params": self.parameters, "size_mb": self.size_mb}[measure]
 
 
 class Selector:
@@ -92,6 +89,7 @@ class Selector:
         )
         self.shapes = {name: tuple(t.shape) for name, t in tensors_by_name(model).items()}
         self.cost = CostModel.of(model, example_inputs)
+        self.counting = Counting(coupling.groups)
         self.dense_macs, self.dense_parameters = self.cost.predict({})
         self.dense_mb = self.cost.predict_size_mb({})
 
@@ -122,6 +120,10 @@ class Selector:
                 the way.
         """
         carried = carried or {}
+        orders = {
+            g.name: torch.argsort(scores[g.name], descending=True, stable=True)
+            for g in self.coupling.groups
+        }
         sizes = {g.name: self._size_before_ranking(g, progress) for g in self.coupling.groups}
         if target is not None:
             aim = target if progress == 1 else target.milder(progress, self._dense(target))
@@ -131,8 +133,14 @@ class Selector:
             elif target.measure == "ratio":
                 sizes |= self._sizes_by_ratio(free, scores, aim)
             else:
-                sizes |= self._sizes_by_cost(free, scores, aim, sizes)
-        return self._choice(scores, sizes, carried)
+                sizes |= self._sizes_by_cost(free, scores, orders, aim, sizes)
+        kept = self._kept(orders, sizes)
+        shares = {
+            name: carried.get(name, 1.0) * share_of(scores[name], stay)
+            for name, stay in kept.items()
+        }
+        removed = self.counting.removed(kept)
+        return Choice(kept, *self.cost.predict(removed), self.cost.predict_size_mb(removed), shares)
 
     def _dense(self, target: Target) -> float:
         """The dense model's figure in the unit of the target's value."""
@@ -176,6 +184,7 @@ class Selector:
         self,
         free: Sequence[Group],
         scores: Mapping[str, Tensor],
+        orders: Mapping[str, Tensor],
         aim: Target,
         sizes: Mapping[str, int],
     ) -> dict[str, int]:
@@ -188,7 +197,7 @@ class Selector:
             return self._left(free, [name for _, name in order[:end]])
 
         def cost(end: int) -> float:
-            return self._choice(scores, {**sizes, **left(end)}, {}).cost(aim.measure)
+            return self._cost(aim.measure, self._kept(orders, {**sizes, **left(end)}))
 
         limit = aim.value * self._whole(aim.measure)
         smallest = cost(len(order))
@@ -227,21 +236,15 @@ class Selector:
         count = Counter(gone)
         return {g.name: self.limits.rounded(g, g.channels - count[g.name]) for g in free}
 
-    def _choice(
-        self,
-        scores: Mapping[str, Tensor],
-        sizes: Mapping[str, int],
-        carried: Mapping[str, float],
-    ) -> Choice:
-        kept, shares = {}, {}
-        for group in self.coupling.groups:
-            score = scores[group.name]
-            order = torch.argsort(score, descending=True, stable=True)
-            kept[group.name] = best(group, order, sizes[group.name])
-            shares[group.name] = carried.get(group.name, 1.0) * share_of(score, kept[group.name])
-        positions = kept_positions((g, kept[g.name]) for g in self.coupling.groups)
-        size = self.cost.predict_size_mb(positions)
-        return Choice(kept, *self.cost.predict(positions), size, shares)
+    def _kept(self, orders: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        return {g.name: best(g, orders[g.name], sizes[g.name]) for g in self.coupling.groups}
+
+    def _cost(self, measure: str, kept: Mapping[str, Tensor]) -> float:
+        """The prediction for ``flops``, ``params`` or ``size_mb``."""
+        removed = self.counting.removed(kept)
+        if measure == "size_mb":
+            return self.cost.predict_size_mb(removed)
+        return self.cost.predict(removed)[0 if measure == "flops" else 1]
 
 
 def carrying(scores: Tensor, share: float) -> int:

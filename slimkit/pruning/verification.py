@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from slimkit.batches import doubled
 from slimkit.calls import map_tensors
 from slimkit.copies import copied
+from slimkit.errors import in_one_line
 from slimkit.interfaces import tensors_of
 from slimkit.pruning.coupling import Coupling, Group, Member
 from slimkit.pruning.removal import best, kept_positions, remove_, tensors_by_name
 
+MANY = 32  # channels, of which a random half can hardly be the right ones by chance
 OTHERWISE = "removing its channels changes the output otherwise than zeroing them does"
 
 
@@ -93,8 +95,10 @@ class Trial:
         shares = [(4, 3, 5, 6)[i % 4] for i in range(len(groups))]  # eighths
         sizes = [max(1, g.channels * n // 8) for g, n in zip(groups, shares, strict=True)]
         some = [torch.randperm(g.channels, generator=generator) for g in groups]
-        first = [torch.arange(g.channels) for g in groups]  # a random half can mirror itself
-        for orders in (some, first):
+        orders_to_try = [some]
+        if any(g.doubtful or g.channels < MANY for g in groups):  # a random half may fit by chance
+            orders_to_try.append([torch.arange(g.channels) for g in groups])
+        for orders in orders_to_try:
             stay = [best(*choice) for choice in zip(groups, orders, sizes, strict=True)]
             kept = list(zip(groups, stay, strict=True))
             reason = self._difference(kept)
@@ -115,7 +119,7 @@ class Trial:
         try:
             model(*inputs)
         except Exception as error:
-            return _in_one_line(error)
+            return in_one_line(error)
         return ""
 
     def _failure_in_training(self, kept: Sequence[tuple[Group, Tensor]]) -> str:
@@ -133,10 +137,9 @@ class Trial:
             remove_(removed, kept_positions(kept))
             after = tensors_of(removed(*self.inputs))
         except Exception as error:
-            return f"the cut model does not run: {_in_one_line(error)}"
+            return f"the cut model does not run: {in_one_line(error)}"
         zeroed = self._copy().eval()
-        for group, stay in kept:
-            _zero_(zeroed, group, stay)
+        _zero_(zeroed, kept)
         expected = tensors_of(zeroed(*self.inputs))
         if [x.shape for x in expected] != [x.shape for x in after]:
             return "its channels are the model's output"
@@ -156,10 +159,6 @@ class Trial:
                 data = tensors[member.tensor].data
                 tensors[member.tensor].data = data.index_select(member.dim, source.to(data.device))
         return tensors_of(probe(*self.inputs))
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _lively(x: Tensor) -> Tensor:
@@ -182,17 +181,22 @@ def _noise_around(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor + (noise * (1 if fan_in == 1 else 3.5 / fan_in**0.5)).to(tensor)
 
 
-def _zero_(model: nn.Module, group: Group, stay: Tensor) -> None:
-    """Silence all channels of `group` but `stay` where they are made."""
+def _zero_(model: nn.Module, kept: Sequence[tuple[Group, Tensor]]) -> None:
+    """Silence all channels but the `kept` ones where they are made."""
     tensors = tensors_by_name(model)
-    keep = torch.zeros(group.channels + 1, dtype=torch.bool)
-    keep[stay] = True
-    keep[-1] = True
-    for member in group.members:
-        if member.role == "out" and not member.tensor.endswith("running_var"):
-            gone = (~keep[member.channel]).nonzero().flatten()
-            tensor = tensors[member.tensor]
-            tensor.data = tensor.data.index_fill(member.dim, gone.to(tensor.device), 0.0)
+    made = [
+        (replace(g, members=tuple(m for m in g.members if m.role == "out")), k) for g, k in kept
+    ]
+    for name, dims in kept_positions(made).items():
+        if name.endswith("running_var"):
+            continue
+        tensor = tensors[name]
+        silent = tensor.data.clone()
+        for dim, positions in dims.items():
+            gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+            gone[positions] = False
+            silent.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0.0)
+        tensor.data = silent
 
 
 def _is_even(group: Group) -> bool:
