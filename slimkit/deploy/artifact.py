@@ -130,7 +130,7 @@ def load(
         return _Graph(torch.export.load(folder / PROGRAM).module())
     if content["pruning"] is not None:
         report = _report_in(content["pruning"])
-        remove_(network, report.kept)
+        remove_(network, report.kept, report.attributes)
         network.slimkit_pruning = report  # type: ignore[assignment]  # a plain attribute
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -256,7 +256,9 @@ def _report_in(saved: Mapping[str, Any]) -> PruningReport:
         name: (before, after, list(on)) for name, (before, after, on) in saved["groups"].items()
     }
     before_after = {k: (saved[k][0], saved[k][1]) for k in ("macs", "parameters", "size_mb")}
-    return PruningReport(groups, saved["frozen"], **before_after, kept=kept)
+    return PruningReport(
+        groups, saved["frozen"], **before_after, kept=kept, attributes=saved.get("attributes", {})
+    )
 
 
 def _scheme_out(scheme: Scheme) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,10 +15,11 @@ from slimkit.batches import doubled
 from slimkit.copies import copied
 from slimkit.errors import PruningError, in_one_line
 from slimkit.pruning import rules_layers, rules_moves, rules_values
-from slimkit.pruning.coupling import Coupling, Group, Member, Role
+from slimkit.pruning.coupling import Attention, Coupling, Fit, Group, Member, Rescaled, Role
 from slimkit.pruning.exporting import exported
-from slimkit.pruning.identities import FIXED, Identities
-from slimkit.pruning.propagation import Place, Propagation, tensors_of_value
+from slimkit.pruning.heads import views_of_heads
+from slimkit.pruning.identities import FIXED, Identities, Ids
+from slimkit.pruning.propagation import Doubt, Place, Propagation, tensors_of_value
 from slimkit.pruning.recording import recorded
 from slimkit.pruning.removal import tensors_by_name
 from slimkit.pruning.written import Written
@@ -30,6 +31,8 @@ def groups_by_analysis(
     model: nn.Module,
     example_inputs: tuple[Any, ...],
     writers: Sequence[Writer] = (recorded, exported),
+    *,
+    attention: Attention = "dimensions",
 ) -> Coupling:
     """Write `model` down and list its groups of coupled channels.
 
@@ -40,6 +43,8 @@ def groups_by_analysis(
         model: is not changed.
         example_inputs: the forward's arguments.
         writers: what writes the graph; the next is tried where one fails.
+        attention: whether the channels of attention are ``dimensions``, each in all heads, or whole
+            ``heads``.
 
     Raises:
         PruningError: no writer can write the model down.
@@ -59,8 +64,10 @@ def groups_by_analysis(
     tensors = tensors_by_name(probe)
     owners = {id(tensor): name for name, tensor in reversed(tensors.items())}
     for written in graphs:
+        if attention == "heads":
+            walk.head_views |= views_of_heads(written.graph)
         _follow(written, walk, tensors, owners)
-    return replace(_grouped(walk, tensors), training=training)
+    return replace(_grouped(walk, tensors, dict(probe.named_modules())), training=training)
 
 
 def _written(
@@ -73,11 +80,22 @@ def _written(
             return write(model, example_inputs), write
         except Exception as error:
             errors.append(error)
+            if not _runs(model, example_inputs):  # then no other writer can help
+                break
     raise PruningError(
         f"{type(model).__name__} cannot be traced for pruning: {in_one_line(errors[0])} - check "
         "that model(*example_inputs) runs in evaluation mode and that its forward does not depend "
         "on the values of its data"
     ) from errors[0]
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, example_inputs: tuple[Any, ...]) -> bool:
+    try:
+        model(*example_inputs)
+    except Exception:
+        return False
+    return True
 
 
 def _follow(
@@ -106,7 +124,9 @@ def _follow(
                     walk.freeze(dims, "its channels are the model's output")
 
 
-def _grouped(walk: Propagation, tensors: dict[str, Tensor]) -> Coupling:
+def _grouped(
+    walk: Propagation, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]
+) -> Coupling:
     """Put channels that are made side by side into one group."""
     order = {name: position for position, name in enumerate(tensors)}
     labels, reasons = walk.ids.resolve()
@@ -151,11 +171,57 @@ def _grouped(walk: Propagation, tensors: dict[str, Tensor]) -> Coupling:
                     members[key].append(Member(tensor, d, role, channel, norm))
     for key in [key for key, size in sizes.items() if size == 1]:
         frozen[names.pop(key)] = "it has a single channel"
-    doubted = {key for ids in walk.doubts for key in np.unique(group_of[labels[ids]]).tolist()}
+    doubts: dict[int, list[Doubt]] = {}
+    for doubt in walk.doubts:
+        for key in np.unique(group_of[labels[doubt.ids]]).tolist():
+            doubts.setdefault(key, []).append(doubt)
+    rescaled: dict[int, list[Rescaled]] = {}
+    for ids, rows in walk.queries:
+        for key in np.unique(group_of[labels[ids]]).tolist():
+            rescaled.setdefault(key, []).extend(_rescaled(walk, ids, rows, members.get(key, [])))
     groups = [
-        Group(name, sizes[key], tuple(members[key]), key in doubted) for key, name in names.items()
+        Group(
+            name,
+            sizes[key],
+            tuple(members[key]),
+            doubtful=key in doubts,
+            candidates=_candidates(doubts.get(key, []), modules, sizes[key]),
+            rescaled=tuple(rescaled.get(key, [])),
+        )
+        for key, name in names.items()
     ]
     return Coupling(tuple(groups), frozen)
+
+
+def _candidates(
+    doubts: Sequence[Doubt], modules: Mapping[str, nn.Module], channels: int
+) -> tuple[Fit, ...]:
+    """Whole numbers in the modules of the user's code that equal a size that may have to shrink."""
+    found: dict[Fit, None] = {}
+    for doubt in doubts:
+        module = modules.get(doubt.module)
+        if module is None or type(module).__module__.startswith("torch.nn."):
+            continue  # layers that slimkit knows
+        for name, value in vars(module).items():
+            if type(value) is int and value > 1 and value in doubt.sizes and not value % channels:
+                found[Fit(doubt.module, name, value // channels)] = None
+    return tuple(found)
+
+
+def _rescaled(
+    walk: Propagation, ids: Ids, rows: int, members: Sequence[Member]
+) -> Iterator[Rescaled]:
+    """Where the queries of attention are made: as many rows as they have, from the first on."""
+    made = {place for place in walk.where(ids) if place in walk.makes}
+    for tensor, d in made:
+        own = walk.tensors[tensor][d]
+        start = int(np.searchsorted(own, ids.min()))
+        positions = torch.arange(start, min(start + rows, len(own)))
+        layer = tensor.rpartition(".")[0]
+        for member in members:
+            same = member.tensor.rpartition(".")[0] == layer and len(member.channel) == len(own)
+            if same and member.role == "out":
+                yield Rescaled(member.tensor, member.dim, positions)
 
 
 def _name(place: Place, taken: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 Role = Literal["out", "in"]
+Attention = Literal["dimensions", "heads"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,34 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A whole number that a module of the user's code holds and that follows a group's size.
+
+    Args:
+        module: dotted path.
+        attribute: the number's name, such as ``num_heads`` or ``head_dim``.
+        each: how much of it one channel of the group is.
+    """
+
+    module: str
+    attribute: str
+    each: int
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """Positions of a tensor that attention divides by the root of a group's size.
+
+    Where channels go, these are multiplied by the root of the fraction that stays, so that the
+    products of queries and keys are scaled as before.
+    """
+
+    tensor: str
+    dim: int
+    positions: Tensor
+
+
+@dataclass(frozen=True)
 class Group:
     """Channels that several layers share; they are kept or removed in all of them at once.
 
@@ -41,12 +70,18 @@ class Group:
         members: the tensors that carry them.
         doubtful: whether they pass an operation with a size in it (a view, a split) that may be a
             constant of the user's code, or may follow the channels: only running it tells.
+        candidates: numbers in the user's modules that may have to follow the size.
+        fits: those that do.
+        rescaled: queries of attention that is scaled by the group's size.
     """
 
     name: str
     channels: int
     members: tuple[Member, ...]
     doubtful: bool = False
+    candidates: tuple[Fit, ...] = ()
+    fits: tuple[Fit, ...] = ()
+    rescaled: tuple[Rescaled, ...] = ()
 
     @property
     def layers(self) -> list[str]:

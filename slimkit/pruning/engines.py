@@ -7,13 +7,16 @@ from typing import Any, Literal
 from torch import nn
 
 from slimkit.errors import PruningError
-from slimkit.pruning.coupling import Coupling
+from slimkit.pruning.coupling import Attention, Coupling
 
 Engine = Literal["slimkit", "export", "torch-pruning"]
 
 
 def find_groups(
-    model: nn.Module, example_inputs: tuple[Any, ...], engine: Engine = "slimkit"
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    engine: Engine = "slimkit",
+    attention: Attention = "dimensions",
 ) -> Coupling:
     """List the groups of coupled channels of `model`, which is not changed.
 
@@ -27,18 +30,23 @@ def find_groups(
             the same analysis of the graph of torch.export, which is slower and follows no values;
             or ``torch-pruning``, Torch-Pruning's dependency graph, which traces autograd.
 
+        attention: whether attention loses ``dimensions``, each in all heads, or whole ``heads``;
+            Torch-Pruning's engine knows neither.
+
     Raises:
         PruningError: the engine is unknown or cannot trace the model.
     """
+    if attention not in ("dimensions", "heads"):
+        raise PruningError(f"attention must be 'dimensions' or 'heads', not {attention!r}")
     if engine == "slimkit":
         from slimkit.pruning.analysis import groups_by_analysis
 
-        return groups_by_analysis(model, example_inputs)
+        return groups_by_analysis(model, example_inputs, attention=attention)
     if engine == "export":
         from slimkit.pruning.analysis import groups_by_analysis
         from slimkit.pruning.exporting import exported
 
-        return groups_by_analysis(model, example_inputs, [exported])
+        return groups_by_analysis(model, example_inputs, [exported], attention=attention)
     if engine == "torch-pruning":
         from slimkit.pruning.dependency_graph import groups_by_dependency_graph
 

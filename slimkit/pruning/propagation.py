@@ -8,7 +8,8 @@ rule can follow is frozen, with the operation's name as the reason.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,21 @@ Place = tuple[str, int]
 
 Rule = Callable[["Propagation", fx.Node, str], Any]
 """Ties what an operation ties, and gives the `Dims` of its result (a tuple of them for several)."""
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Channels that pass an operation with a size in it, which may be a constant of the code.
+
+    Args:
+        ids: the channels.
+        module: dotted path of the module whose forward makes the call.
+        sizes: the sizes before and after.
+    """
+
+    ids: Ids
+    module: str
+    sizes: frozenset[int]
 
 
 class NotFollowedError(Exception):
@@ -46,7 +62,10 @@ class Propagation:
         self.reads: set[Place] = set()  # where channels are read
         self.makes: set[Place] = set()  # where channels are made
         self.norms: dict[str, str] = {}  # weight -> the batch-norm right behind
-        self.doubts: list[Ids] = []  # channels behind a size that may be a constant
+        self.doubts: list[Doubt] = []  # channels behind a size that may be a constant
+        self.queries: list[tuple[Ids, int]] = []  # of attention scaled by their size; their rows
+        self.head_views: set[fx.Node] = set()  # those that must keep heads together
+        self._module = ""  # whose forward runs
         self._values: dict[fx.Node, Any] = {}
         self._weights: set[fx.Node] = set()  # parameters, buffers and what is computed from them
         self._makers: dict[fx.Node, set[Place]] = {}
@@ -88,6 +107,7 @@ class Propagation:
 
     def call(self, node: fx.Node) -> None:
         """Follow one operation."""
+        self._module = node.meta.get("module", "")
         if all(source in self._weights for source in node.all_input_nodes):
             self._weights.add(node)
         if node.target is operator.getitem:
@@ -144,10 +164,10 @@ class Propagation:
         if dims is None or weight not in self._weights:
             return
         if makes is not None:
-            self._makers[node] = self._where(dims[makes])
+            self._makers[node] = self.where(dims[makes])
             self.makes |= self._makers[node]
         if reads is not None:
-            self.reads |= self._where(dims[reads])
+            self.reads |= self.where(dims[reads])
 
     def makers(self, node: Any) -> set[Place]:
         """The weights that make the channels of what a layer gives; none for other operations."""
@@ -156,9 +176,9 @@ class Propagation:
     def owners(self, node: Any) -> list[str]:
         """The parameters and buffers whose channels a tensor holds, if no data comes in."""
         dims = self.dims(node) if node in self._weights else None
-        return sorted({name for dim in dims or [] for name, _ in self._where(dim)})
+        return sorted({name for dim in dims or [] for name, _ in self.where(dim)})
 
-    def _where(self, ids: Ids) -> set[Place]:
+    def where(self, ids: Ids) -> set[Place]:
         """The dimensions of parameters and buffers whose own identities these are."""
         own = ids[(ids > FIXED) & (ids < self._end)]
         found = np.unique(np.searchsorted(self._starts, own, side="right") - 1)
@@ -175,6 +195,10 @@ class Propagation:
         """A dimension of size one meets all positions of another, so its channel must stay."""
         self.ids.freeze(dim, f"{why}: a single channel stretched over many")
 
+    def doubt(self, ids: Ids, sizes: Iterable[int]) -> None:
+        """These channels may only go if the sizes follow them."""
+        self.doubts.append(Doubt(ids, self._module, frozenset(sizes)))
+
     def freeze(self, dims: Dims, why: str) -> None:
         """All channels of a tensor must stay."""
         for dim in dims:
@@ -186,7 +210,7 @@ class Propagation:
             for dims in tensors_of_value(self._values.get(source)):
                 self.freeze(dims, why)
                 if source in self._weights and len(dims) > 1:  # so that its layer is listed
-                    self.makes |= set().union(*(self._where(dim) for dim in dims))
+                    self.makes |= set().union(*(self.where(dim) for dim in dims))
         self._values[node] = fixed_like(node.meta.get("val"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -11,15 +12,22 @@ from torch import Tensor, nn
 
 from slimkit.batches import as_inputs, finite, inputs_of
 from slimkit.copies import copied
-from slimkit.errors import PruningError
+from slimkit.errors import PruningError, in_one_line
 from slimkit.interfaces import Criterion
 from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import counted, macs, parameters, size_mb
-from slimkit.pruning.coupling import Coupling
+from slimkit.pruning.coupling import Attention, Coupling
 from slimkit.pruning.engines import Engine, find_groups
 from slimkit.pruning.patterns import check_pattern, covers
 from slimkit.pruning.rankings import Ranking
-from slimkit.pruning.removal import compose, kept_positions, remove_
+from slimkit.pruning.removal import (
+    compose,
+    fitted,
+    kept_positions,
+    merged,
+    remove_,
+    rescale_,
+)
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
 from slimkit.pruning.selection import Selector
@@ -36,6 +44,7 @@ def analyse(
     inputs: tuple[Any, ...],
     protect: Sequence[str] = (),
     engine: Engine = "slimkit",
+    attention: Attention = "dimensions",
 ) -> Coupling:
     """The groups of `model` that may be cut, each verified; the rest frozen with its reason.
 
@@ -49,7 +58,7 @@ def analyse(
         raise PruningError(f"{broken[0]} holds NaN or infinity; prune a model that works")
     if not finite(inputs):
         raise PruningError("example_inputs hold NaN or infinity")
-    coupling = find_groups(model, inputs, engine)
+    coupling = find_groups(model, inputs, engine, attention)
     frozen = dict(coupling.frozen)
     groups = list(coupling.groups)
     for pattern in protect:
@@ -91,9 +100,11 @@ def cut_(
         )
     before = (parameters(model), size_mb(model))
     dense = macs_before_and_after[0] if macs_before_and_after else macs(model, inputs)
-    remove_(model, positions)
-    left = macs_before_and_after[1] if macs_before_and_after else macs(model, inputs)
     earlier = getattr(model, "slimkit_pruning", None)
+    attributes = fitted(pairs)
+    rescale_(model, pairs)
+    remove_(model, positions, attributes)
+    left = macs_before_and_after[1] if macs_before_and_after else macs(model, inputs)
     report = PruningReport(
         groups={g.name: (g.channels, len(stay), g.layers) for g, stay in pairs},
         frozen=dict(coupling.frozen),
@@ -101,6 +112,7 @@ def cut_(
         parameters=(before[0], parameters(model)),
         size_mb=(before[1], size_mb(model)),
         kept=compose(earlier.kept, positions) if earlier is not None else positions,
+        attributes=merged(earlier.attributes, attributes) if earlier is not None else attributes,
     )
     model.slimkit_pruning = report  # type: ignore[assignment]  # a plain attribute, not a module
     return report
@@ -123,20 +135,38 @@ def cut_to_target_(
     if target is None or target.measure not in COSTS:
         return cut_(model, coupling, selector.choose(scores, target).kept, inputs)
     dense = selector.cost.measured_macs
-    aim = target
+    aim, found = target, None
     for _ in range(TRIES):
-        kept = selector.choose(scores, aim).kept
+        choice = selector.choose(scores, aim)
+        pairs = [(group, choice.kept[group.name]) for group in coupling.groups]
         probe = copied(model, share=True)
-        remove_(probe, kept_positions((g, kept[g.name]) for g in coupling.groups))
-        left = counted(probe.eval(), inputs)
+        remove_(probe, kept_positions(pairs), fitted(pairs))
+        try:
+            left = counted(probe.eval(), inputs)
+        except Exception as error:
+            raise PruningError(
+                f"cut to target {target}, {type(model).__name__} does not run: "
+                f"{in_one_line(error)}. Choose another target, or protect the layer"
+            ) from error
         reached, close = _reached(target, (dense, left), selector, probe)
-        if reached <= target.value + close:
-            return cut_(model, coupling, kept, inputs, (dense, left))
-        aim = Target(target.measure, max(1e-3, aim.value - (reached - target.value)))
+        if reached <= target.value + close and (found is None or reached > found[0]):
+            found = reached, choice.kept, left
+        off = target.value - reached
+        foreseen = target.measure != "flops" or abs(left - choice.macs) <= CLOSE * dense
+        if found is not None and (off <= CLOSE or foreseen):
+            break
+        aim = Target(target.measure, min(max(1e-3, aim.value + off), _most(target)))
+    if found is not None:
+        return cut_(model, coupling, found[1], inputs, (dense, found[2]))
     raise PruningError(
         f"target {target} cannot be reached: {reached:.3f} is left by measurement, more than "
         "predicted; choose a milder target"
     )
+
+
+def _most(target: Target) -> float:
+    """The mildest target of the same kind."""
+    return math.inf if target.measure == "size_mb" else 1 - 1e-6
 
 
 def _reached(
@@ -167,6 +197,7 @@ def prune(
     data_batches: int = 8,
     batchnorm_batches: int = 20,
     engine: Engine = "slimkit",
+    attention: Attention = "dimensions",
 ) -> nn.Module:
     """A pruned copy of `model`; the given model is not changed.
 
@@ -203,6 +234,8 @@ def prune(
         batchnorm_batches: batches for batch-norm re-estimation; 0 turns it off.
         engine: what finds coupled channels: ``slimkit`` (the operations of one forward),
             ``export`` (those in the graph of torch.export) or ``torch-pruning``.
+        attention: what goes in attention: ``dimensions``, each of them in all heads, or whole
+            ``heads``.
 
     Returns:
         The smaller module, of the same class; ``print(module.slimkit_pruning)`` says what went.
@@ -229,7 +262,7 @@ def prune(
     if isinstance(data, Iterator):  # it can be read once, but is needed twice
         data = list(islice(data, max(data_batches, batchnorm_batches)))
     small = copied(model)
-    coupling = analyse(small, inputs, protect, engine)
+    coupling = analyse(small, inputs, protect, engine, attention)
     selector = Selector(
         small,
         coupling,

@@ -11,12 +11,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from slimkit.errors import ArtifactError
+from slimkit.evaluating import evaluating
 
 if TYPE_CHECKING:  # an artifact is loaded without Torch-Pruning, which `coupling` imports
     from slimkit.pruning.coupling import Group
 
 Kept = dict[str, dict[int, list[int]]]
 """The positions that remain: tensor path -> dimension -> sorted positions in the original."""
+
+Attributes = dict[str, dict[str, int]]
+"""Whole numbers that the user's modules hold: module path -> name -> number."""
 
 
 def kept_positions(kept: Iterable[tuple[Group, Tensor]]) -> Kept:
@@ -39,6 +43,33 @@ def kept_positions(kept: Iterable[tuple[Group, Tensor]]) -> Kept:
         if not mask.all():
             positions.setdefault(tensor, {})[dim] = mask.nonzero().flatten().tolist()
     return positions
+
+
+def fitted(kept: Iterable[tuple[Group, Tensor]]) -> Attributes:
+    """What the numbers in the user's modules become where only `kept` channels stay."""
+    numbers: Attributes = {}
+    for group, channels in kept:
+        if len(channels) < group.channels:
+            for fit in group.fits:
+                numbers.setdefault(fit.module, {})[fit.attribute] = fit.each * len(channels)
+    return numbers
+
+
+@torch.no_grad()
+def rescale_(model: nn.Module, kept: Iterable[tuple[Group, Tensor]]) -> None:
+    """Scale queries such that attention, which divides by the root of a size, stays the same.
+
+    Must come before the cut.
+    """
+    tensors = tensors_by_name(model)
+    for group, channels in kept:
+        factor = (len(channels) / group.channels) ** 0.5
+        for part in group.rescaled if factor < 1 else ():
+            tensor = tensors[part.tensor]
+            scale = torch.ones(tensor.shape[part.dim], dtype=tensor.dtype, device=tensor.device)
+            scale[part.positions] = factor
+            shape = [-1 if d == part.dim else 1 for d in range(tensor.dim())]
+            tensor.data = tensor.data * scale.reshape(shape)
 
 
 def best(group: Group, order: Tensor, size: int) -> Tensor:
@@ -69,15 +100,24 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def remove_(model: nn.Module, kept: Kept) -> None:
-    """Cut `model` down to the `kept` positions in place.
+def remove_(model: nn.Module, kept: Kept, attributes: Attributes | None = None) -> None:
+    """Cut `model` down to the `kept` positions in place, and set the numbers in `attributes`.
 
     Parameters stay the same objects with smaller data (so optimizers and weight ties still hold
     them); their gradients are dropped.
 
     Raises:
-        ArtifactError: a tensor is missing, or too small for a position; nothing was cut.
+        ArtifactError: a tensor or number is missing, or a tensor is too small for a position;
+            nothing was cut.
     """
+    modules = dict(model.named_modules())
+    for path, numbers in (attributes or {}).items():
+        for name in numbers:
+            if type(getattr(modules.get(path), name, None)) is not int:
+                raise ArtifactError(
+                    f"the model has no whole number {f'{path}.{name}'.lstrip('.')!r}; was it built "
+                    "differently?"
+                )
     tensors = tensors_by_name(model)
     for name, dims in kept.items():
         if name not in tensors:
@@ -100,8 +140,13 @@ def remove_(model: nn.Module, kept: Kept) -> None:
         if tensor.requires_grad:  # else autograd goes on expecting gradients of the old shape
             _forget_gradient_shape_(tensor)
         tensor.data = smaller
-    for module in model.modules():
+    for module in modules.values():
         _fit_attributes_(module)
+    for path, numbers in (attributes or {}).items():
+        for name, number in numbers.items():
+            setattr(modules[path], name, number)
+    with evaluating(model):  # modules that keep what they computed of old weights drop it here
+        pass
 
 
 def _forget_gradient_shape_(tensor: Tensor) -> None:
@@ -155,3 +200,12 @@ def compose(first: Kept, second: Kept) -> Kept:
             before = result.setdefault(name, {}).get(dim)
             result[name][dim] = [before[p] for p in positions] if before else list(positions)
     return result
+
+
+def merged(first: Attributes, second: Attributes) -> Attributes:
+    """The numbers after setting `first` and then `second`.
+
+    >>> merged({"a": {"heads": 4, "dim": 64}}, {"a": {"heads": 2}})
+    {'a': {'heads': 2, 'dim': 64}}
+    """
+    return first | {path: first.get(path, {}) | numbers for path, numbers in second.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from slimkit.pruning.removal import Kept
+from slimkit.pruning.removal import Attributes, Kept
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class PruningReport:
         parameters: parameters before and after, measured.
         size_mb: MiB of all parameters and buffers before and after, measured.
         kept: the positions that remain in each tensor of the model as its function builds it.
+        attributes: whole numbers in the user's modules that follow the sizes (``num_heads``).
     """
 
     groups: dict[str, tuple[int, int, list[str]]]
@@ -27,6 +28,7 @@ class PruningReport:
     parameters: tuple[int, int]
     size_mb: tuple[float, float]
     kept: Kept = field(repr=False)
+    attributes: Attributes = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the kept positions."""
@@ -39,6 +41,7 @@ class PruningReport:
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "size_mb": {"before": self.size_mb[0], "after": self.size_mb[1]},
             "groups": groups,
+            "attributes": self.attributes,
             "left_whole": self.frozen,
         }
 
@@ -56,5 +59,8 @@ class PruningReport:
             coupled = f"  with {', '.join(layers[1:4])}" if len(layers) > 1 else ""
             more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
             lines.append(f"{name:<32} {before:>5} -> {after:>5} channels{coupled}{more}")
+        for path, numbers in self.attributes.items():
+            said = ", ".join(f"{name} = {number}" for name, number in numbers.items())
+            lines.append(f"{path or 'the model':<32} set to {said}")
         lines += [f"{name:<32} left whole: {reason}" for name, reason in self.frozen.items()]
         return "\n".join(lines)

@@ -113,8 +113,9 @@ def matmul(walk: Propagation, node: fx.Node, name: str) -> Any:
 
 def attention(walk: Propagation, node: fx.Node, name: str) -> Any:
     q, k, v = (walk.tensor(node, i) for i in range(3))
-    walk.ids.freeze(q[-1], "attention is scaled by the size of a head")
-    walk.ids.freeze(k[-1], "attention is scaled by the size of a head")
+    walk.ids.tie(q[-1], k[-1], "attention")
+    if option(node, "scale") is None:  # then by the size of a head, which changes
+        walk.queries.append((q[-1], len(q[-1]) * (len(q[-3]) if len(q) > 3 else 1)))
     walk.ids.tie(k[-2], v[-2], "attention")
     walk.freeze(walk.given(node, 3, "attn_mask") or [], "attention is masked by it")
     batch = list(q[:-2])

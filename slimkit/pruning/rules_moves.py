@@ -57,7 +57,7 @@ def _parts(walk: Propagation, node: fx.Node, name: str, dim: int) -> Any:
     parts = np.split(x[d], bounds)
     if is_free(x[d]):
         if name != "chunk":
-            walk.doubts.append(x[d])
+            walk.doubt(x[d], sizes)
         if len(set(sizes)) == 1:
             walk.ids.tie_rows(np.stack(parts), f"{name} into equal parts")
         else:
@@ -223,7 +223,11 @@ def view(walk: Propagation, node: fx.Node, name: str) -> Any:
     out: Dims = []
     for before, after in _blocks([len(dim) for dim in x], shape):
         follows = after.index(open_) if open_ in after else None
-        out += _reshaped(walk, [x[d] for d in before], [shape[d] for d in after], name, follows)
+        as_heads = node in walk.head_views and len(after) > 1
+        if as_heads:
+            follows = len(after) - 2  # heads are in front of their dimensions
+        dims, sizes = [x[d] for d in before], [shape[d] for d in after]
+        out += _reshaped(walk, dims, sizes, name, follows, as_heads=as_heads)
     return out
 
 
@@ -237,7 +241,13 @@ def _left_open(node: fx.Node, dims: int) -> int | None:
 
 
 def _reshaped(
-    walk: Propagation, dims: Dims, sizes: list[int], name: str, follows: int | None
+    walk: Propagation,
+    dims: Dims,
+    sizes: list[int],
+    name: str,
+    follows: int | None,
+    *,
+    as_heads: bool,
 ) -> Dims:
     if len(dims) == len(sizes) == 1:
         return dims
@@ -253,7 +263,8 @@ def _reshaped(
 
     if not free:
         return along({})
-    walk.doubts += [long[d] for d in free]
+    for d in free:
+        walk.doubt(long[d], [len(dim) for dim in long] + sizes)
     if len(long) == 1:
         parts = [long[0]] if len(big) == 1 else walk.ids.split(long[0], [sizes[k] for k in big])
         if parts is not None:
@@ -275,14 +286,15 @@ def _reshaped(
     # The channels are split: the same positions of all parts go together, as in attention heads
     # and channel shuffles, or whole parts do, where the code says so or makes pairs;
     # verification tells whether the user's code allows it.
-    if len(long) == 1 and len(big) == 2:
-        k, pairs = big[0], sizes[big[1]] == 2 < sizes[big[0]]
-        if follows == k or (follows is None and pairs):
-            rows = np.moveaxis(lattice, k, -1).reshape(-1, sizes[k])
-            return along({k: walk.ids.tie_rows(rows, name)})
+    if len(long) == 1:
+        pairs = len(big) == 2 and sizes[big[1]] == 2 < sizes[big[0]]
+        part = big[0] if follows is None and pairs else follows
+        if part in big[:-1] and (len(big) == 2 or as_heads):
+            rows = np.moveaxis(lattice, part, -1).reshape(-1, sizes[part])
+            return along({part: walk.ids.tie_rows(rows, name)})
     last = big[-1]
-    part = sizes[last] // inner
-    if sizes[last] % inner or len(channel) % part:
+    whole = sizes[last] // inner
+    if sizes[last] % inner or len(channel) % whole:
         walk.freeze(dims, f"{name} mixes channels with other dimensions")
         return along({})
     return along({last: walk.ids.tie_rows(lattice.reshape(-1, sizes[last]), name)})

@@ -7,8 +7,9 @@ consistently in all coupled tensors leaves the output unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations, islice
 from typing import Any
 
 import torch
@@ -19,8 +20,15 @@ from slimkit.calls import map_tensors
 from slimkit.copies import copied
 from slimkit.errors import in_one_line
 from slimkit.interfaces import tensors_of
-from slimkit.pruning.coupling import Coupling, Group, Member
-from slimkit.pruning.removal import best, kept_positions, remove_, tensors_by_name
+from slimkit.pruning.coupling import Coupling, Fit, Group, Member
+from slimkit.pruning.removal import (
+    best,
+    fitted,
+    kept_positions,
+    remove_,
+    rescale_,
+    tensors_by_name,
+)
 
 MANY = 32  # channels, of which a random half can hardly be the right ones by chance
 OTHERWISE = "removing its channels changes the output otherwise than zeroing them does"
@@ -30,37 +38,124 @@ def verified(model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...]) -> C
     """The same coupling without the groups that fail, each frozen with its reason.
 
     All groups are tried at once first, then the doubtful apart from the others; what fails is
-    halved until the culprits are alone.
+    halved until the culprits are alone. A culprit is tried with the numbers of its modules changed
+    (`Group.candidates`), and then together with others that such a number holds.
     """
     if not coupling.groups:
         return coupling
     frozen = dict(coupling.frozen)
     trial = Trial(model, inputs, training=coupling.training)
-    good = _holding(trial, coupling.groups, frozen)
-    if len(good) == len(coupling.groups):
-        return coupling
-    reason = trial.failure(good) if good else ""
+    search = _Search(trial, model)
+    good = search.holding(coupling.groups)
+    failed = [group for group in coupling.groups if group.name in search.reasons]
+    good += search.holding_together(failed)
+    order = {group.name: position for position, group in enumerate(coupling.groups)}
+    good.sort(key=lambda group: order[group.name])
+    for name in search.reasons:
+        if name in order:
+            frozen[name] = search.reasons[name]
+    reason = trial.failure(good) if good and len(good) < len(coupling.groups) else ""
     while reason and good:  # single groups hold but not all together: drop from the end
         frozen[good.pop().name] = f"together with other groups, {reason}"
         reason = trial.failure(good) if good else ""
     return replace(coupling, groups=tuple(good), frozen=frozen)
 
 
-def _holding(trial: Trial, groups: Sequence[Group], frozen: dict[str, str]) -> list[Group]:
-    """The groups that can be removed; the others go into `frozen` with their reason."""
-    reason = trial.failure(groups)
-    if not reason:
-        return list(groups)
-    if len(groups) == 1:
-        frozen[groups[0].name] = reason
+class _Search:
+    """Finds the groups that can be removed, and what must be set in the user's modules for it.
+
+    Args:
+        trial: tells whether a set of groups can be removed.
+        model: whose modules hold the numbers.
+    """
+
+    def __init__(self, trial: Trial, model: nn.Module) -> None:
+        self.trial = trial
+        self.reasons: dict[str, str] = {}  # of the groups that fail
+        self._kinds = {name: type(module) for name, module in model.named_modules()}
+        self._learned: set[tuple[type, str]] = set()  # numbers that had to follow before
+
+    def holding(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that can be removed, in the same order; the others are in `reasons`."""
+        reason = self.trial.failure(groups)
+        if not reason:
+            return list(groups)
+        alike = [self._as_learned(group) for group in groups]
+        if alike != list(groups) and not self.trial.failure(alike):
+            return alike
+        if len(groups) == 1:
+            return self._holding_somehow(groups[0], reason)
+        parts: list[Sequence[Group]]
+        parts = [[g for g in groups if g.doubtful is doubt] for doubt in (False, True)]
+        if not all(parts):
+            middle = len(groups) // 2
+            parts = [groups[:middle], groups[middle:]]
+        good = {group.name: group for part in parts for group in self.holding(part)}
+        return [good[group.name] for group in groups if group.name in good]
+
+    def holding_together(self, failed: Sequence[Group]) -> list[Group]:
+        """Those of the groups that failed that can be removed if they lose as much as others do.
+
+        Queries and values of one attention, say, whose code knows one size of a head.
+        """
+        by_number: dict[tuple[Fit, int], list[Group]] = {}
+        for group in failed:
+            for fit in group.candidates:
+                by_number.setdefault((fit, group.channels), []).append(group)
+        joined: dict[tuple[str, ...], Group] = {}
+        for groups in by_number.values():
+            if len(groups) > 1:
+                joined.setdefault(tuple(group.name for group in groups), _joined(groups))
+        done: set[str] = set()
+        wanted = []
+        for names, group in sorted(joined.items(), key=lambda item: -len(item[0])):
+            if done.isdisjoint(names):
+                wanted.append((names, group))
+                done.update(names)
+        kept = {name: self.reasons[name] for names, _ in wanted for name in names}
+        good = self.holding([group for _, group in wanted]) if wanted else []
+        self.reasons |= kept  # the first reasons say more
+        for names, group in wanted:
+            if any(group.name == one.name for one in good):
+                for name in names:
+                    del self.reasons[name]
+        return good
+
+    def _holding_somehow(self, group: Group, reason: str) -> list[Group]:
+        """The group with the first set of its candidates with which it can be removed."""
+        for fits in _variants(group.candidates):
+            variant = replace(group, fits=fits)
+            if not self.trial.failure([variant]):
+                self._learned |= {(self._kinds[fit.module], fit.attribute) for fit in fits}
+                return [variant]
+        self.reasons[group.name] = reason
         return []
-    parts: list[Sequence[Group]]
-    parts = [[g for g in groups if g.doubtful is doubt] for doubt in (False, True)]
-    if not all(parts):
-        middle = len(groups) // 2
-        parts = [groups[:middle], groups[middle:]]
-    good = [group for part in parts for group in _holding(trial, part, frozen)]
-    return [group for group in groups if any(group is one for one in good)]
+
+    def _as_learned(self, group: Group) -> Group:
+        fits = tuple(
+            fit
+            for fit in group.candidates
+            if (self._kinds[fit.module], fit.attribute) in self._learned
+        )
+        return replace(group, fits=fits) if fits else group
+
+
+def _variants(candidates: tuple[Fit, ...]) -> Iterator[tuple[Fit, ...]]:
+    """All of them, all but one, one alone; no more than a dozen."""
+    sizes = dict.fromkeys((len(candidates), len(candidates) - 1, 1))
+    found = (chosen for size in sizes if size > 0 for chosen in combinations(candidates, size))
+    return islice(found, 12)
+
+
+def _joined(groups: Sequence[Group]) -> Group:
+    """One group of several of the same size: the n-th channels of all go together."""
+    return replace(
+        groups[0],
+        members=tuple(member for group in groups for member in group.members),
+        doubtful=True,
+        candidates=tuple(dict.fromkeys(fit for group in groups for fit in group.candidates)),
+        rescaled=tuple(part for group in groups for part in group.rescaled),
+    )
 
 
 class Trial:
@@ -126,7 +221,7 @@ class Trial:
         if self.training_inputs is None:
             return ""
         removed = self._copy().train()
-        remove_(removed, kept_positions(kept))
+        remove_(removed, kept_positions(kept), fitted(kept))
         crash = self._crash(removed, self.training_inputs)
         return f"the cut model does not run in training mode: {crash}" if crash else ""
 
@@ -134,7 +229,8 @@ class Trial:
         """How removing all channels but `kept` differs from zeroing them; empty if it does not."""
         removed = self._copy().eval()
         try:
-            remove_(removed, kept_positions(kept))
+            rescale_(removed, kept)
+            remove_(removed, kept_positions(kept), fitted(kept))
             after = tensors_of(removed(*self.inputs))
         except Exception as error:
             return f"the cut model does not run: {in_one_line(error)}"

@@ -179,7 +179,7 @@ class SlimModule(pl.LightningModule):
         self.state = Progress(**saved["progress"])
         if saved["report"] is not None:
             report = PruningReport(**saved["report"])
-            remove_(self.network, report.kept)
+            remove_(self.network, report.kept, report.attributes)
             self.network.slimkit_pruning = report  # type: ignore[assignment]
         quantize = self.recipe.quantize
         if saved["fake"] is not None and quantize is not None:

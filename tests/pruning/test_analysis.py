@@ -449,14 +449,23 @@ def attention(product):
     return Net(flow, q=nn.Linear(6, 8), k=nn.Linear(6, 8), v=nn.Linear(6, 8), o=nn.Linear(8, 3))
 
 
-def test_attention_fixes_queries_and_keys_and_cuts_all_heads_alike():
+def test_attention_cuts_queries_with_keys_and_all_heads_alike():
     model = attention(functional.scaled_dot_product_attention)
+    both = [0, 1, 2, 3] * 2
     assert found(model, ROWS) == {
-        "v": dict.fromkeys([("v.weight", 0), ("v.bias", 0), ("o.weight", 1)], [0, 1, 2, 3] * 2)
+        "q": dict.fromkeys([("q.weight", 0), ("q.bias", 0), ("k.weight", 0), ("k.bias", 0)], both),
+        "v": dict.fromkeys([("v.weight", 0), ("v.bias", 0), ("o.weight", 1)], both),
     }
-    reason = "attention is scaled by the size of a head"
-    assert frozen(model, ROWS) == {"q": reason, "k": reason, "o": OUTPUT}
-    assert proven(model, ROWS) == ["v"]
+    assert frozen(model, ROWS) == {"o": OUTPUT}
+    assert proven(model, ROWS) == ["q", "v"]
+
+
+def test_attention_scaled_by_the_size_of_a_head_scales_its_queries_only():
+    (queries, values) = find_groups(
+        attention(functional.scaled_dot_product_attention), (ROWS,)
+    ).groups
+    assert {part.tensor for part in queries.rescaled} == {"q.weight", "q.bias"}
+    assert values.rescaled == ()
 
 
 def test_attention_by_hand_cuts_queries_with_keys():
@@ -473,7 +482,7 @@ def test_attention_by_hand_cuts_queries_with_keys():
     assert proven(model, ROWS) == ["q", "v"]
 
 
-def test_queries_keys_and_values_of_one_layer_stay_with_the_queries():
+def test_queries_keys_and_values_of_one_layer_go_together():
     def flow(net, x):
         n, t, _ = x.shape
         q, k, v = net.qkv(x).reshape(n, t, 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -481,7 +490,14 @@ def test_queries_keys_and_values_of_one_layer_stay_with_the_queries():
         return net.o(out.transpose(1, 2).reshape(n, t, -1))
 
     model = Net(flow, qkv=nn.Linear(6, 24), o=nn.Linear(8, 3))
-    assert frozen(model, ROWS)["qkv"] == "attention is scaled by the size of a head"
+    assert found(model, ROWS) == {
+        "qkv": {
+            ("qkv.weight", 0): [0, 1, 2, 3] * 6,
+            ("qkv.bias", 0): [0, 1, 2, 3] * 6,
+            ("o.weight", 1): [0, 1, 2, 3] * 2,
+        }
+    }
+    assert proven(model, ROWS) == ["qkv"]
 
 
 def test_embedding_and_positions_belong_to_the_stream():
@@ -764,7 +780,7 @@ def test_forward_that_depends_on_the_data_is_an_error_that_says_so():
 
 
 def test_unknown_engine_is_an_error():
-    with pytest.raises(PruningError, match="'export' or 'torch-pruning', not 'fx'"):
+    with pytest.raises(PruningError, match="'slimkit', 'export' or 'torch-pruning', not 'fx'"):
         find_groups(nn.Linear(2, 2), (torch.zeros(1, 2),), "fx")
 
 
