@@ -165,6 +165,10 @@ class Backend(ABC):
     scheme: ClassVar[Scheme]
     """What it can compute in integers."""
 
+    channel_multiple: ClassVar[int] = 1
+    """Channel counts that it computes at full speed are multiples of this; pruning keeps to it
+    where the recipe has no ``round_to``."""
+
     def check(self, deployable: Deployable) -> list[str]:  # noqa: ARG002  (the default knows none)
         """What stands in the way, one sentence each; empty if `compile` will work."""
         return []

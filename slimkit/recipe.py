@@ -194,7 +194,15 @@ class Prune(_Node):
     protect: Patterns = Field(
         default=(), description="Modules that keep all channels; * and ? allowed."
     )
-    round_to: Positive = Field(default=1, description="Keep a multiple of this many channels.")
+    attention: Literal["dimensions", "heads"] = Field(
+        default="dimensions",
+        description="What goes in attention: dimensions, each in all heads, or whole heads.",
+    )
+    round_to: Positive | None = Field(
+        default=None,
+        description="Keep a multiple of this many channels; null: of what the runtimes in `export` "
+        "compute fastest.",
+    )
     min_channels: Positive = Field(default=1, description="Keep at least this many channels.")
     batchnorm_batches: Count = Field(
         default=20,

@@ -22,6 +22,8 @@ class Limits:
 
     Args:
         round_to: kept channels are a multiple of this where the group is large enough.
+        where_it_fits: whether groups of less than two multiples are rounded to half of it, or a
+            quarter ..., such that they can still shrink: where a runtime asks and not the user.
         min_channels: no group gets smaller than this.
         max_ratio: the largest fraction that a group may lose, at the first and at the last group
             of the model; None: 0.95, or a target's ratio where that is more.
@@ -34,6 +36,7 @@ class Limits:
     max_ratio: tuple[float, float] | None
     depth: Mapping[str, float]
     given: Mapping[str, float]
+    where_it_fits: bool = False
 
     @classmethod
     def of(
@@ -41,27 +44,50 @@ class Limits:
         model: nn.Module,
         coupling: Coupling,
         *,
-        round_to: int,
+        round_to: int | None,
         min_channels: int,
         max_ratio: float | Sequence[float] | None,
         ratios: Mapping[str, float] | None,
+        multiple: int = 1,
     ) -> Limits:
         """Check what a user wrote, and find the groups that `ratios` names.
+
+        `multiple` is what a runtime asks for; it counts where the user says nothing.
 
         Raises:
             PruningError: a value out of its range, or a pattern that names no group.
         """
-        for name, count in (("round_to", round_to), ("min_channels", min_channels)):
+        whole = multiple if round_to is None else round_to
+        for name, count in (("round_to", whole), ("min_channels", min_channels)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise PruningError(f"{name} must be a whole number of at least 1, not {count!r}")
         last = max(1, len(coupling.groups) - 1)
         depth = {group.name: i / last for i, group in enumerate(coupling.groups)}
         given = _given(model, coupling, ratios)
-        return cls(round_to, min_channels, _both_ends(max_ratio), depth, given)
+        ends = _both_ends(max_ratio)
+        return cls(whole, min_channels, ends, depth, given, where_it_fits=round_to is None)
 
-    def rounded(self, group: Group, size: float) -> int:
-        """The next multiple of `round_to`, at most the whole group."""
-        up = math.ceil(round(size, 6) / self.round_to) * self.round_to
+    def multiple(self, group: Group) -> int:
+        """What the group's size is a multiple of."""
+        multiple = self.round_to
+        while self.where_it_fits and multiple > 1 and group.channels < 2 * multiple:
+            multiple //= 2
+        return multiple
+
+    def rounded(self, group: Group, size: float, *, asked: bool = False) -> int:
+        """The next multiple of `round_to`, at most the whole group.
+
+        Args:
+            group: whose channels.
+            size: how many.
+            asked: whether this size was asked for and not a cost; then a multiple that only a
+                runtime asks for does not keep the group whole.
+        """
+        multiple = self.multiple(group)
+        up = math.ceil(round(size, 6) / multiple) * multiple
+        while self.where_it_fits and asked and multiple > 1 and up >= group.channels > size:
+            multiple //= 2
+            up = math.ceil(round(size, 6) / multiple) * multiple
         return min(group.channels, max(1, up))
 
     def fewest(self, group: Group, target: Target) -> int:
@@ -79,7 +105,7 @@ class Limits:
     def given_size(self, group: Group, progress: float) -> int:
         """How many channels `ratios` leaves of a group after `progress` (0 to 1) of the way."""
         left = _left(group, self.given[group.name] * progress)
-        return self.rounded(group, max(self.min_channels, left))
+        return self.rounded(group, max(self.min_channels, left), asked=True)
 
     def in_the_way(self, groups: Sequence[Group], target: Target) -> dict[str, str]:
         """The options without which one of `groups` could get smaller, and what to do to each."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimkit.batches import as_inputs, finite, inputs_of
 from slimkit.copies import copied
 from slimkit.errors import PruningError, in_one_line
-from slimkit.interfaces import Criterion
+from slimkit.interfaces import Backend, Criterion
 from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import counted, macs, parameters, size_mb
 from slimkit.pruning.coupling import Attention, Coupling
@@ -192,7 +192,8 @@ def prune(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     protect: Sequence[str] = (),
-    round_to: int = 1,
+    round_to: int | None = None,
+    backend: str | Sequence[str] = (),
     min_channels: int = 1,
     data_batches: int = 8,
     batchnorm_batches: int = 20,
@@ -228,7 +229,9 @@ def prune(
         protect: name patterns of layers that keep all channels that they make (and so do the layers
             that share these channels); what they read may shrink. The name of a block covers the
             layers inside.
-        round_to: kept channels are a multiple of this.
+        round_to: kept channels are a multiple of this. Left out, of what `backend` computes
+            fastest, or of half of it, a quarter ... in groups of less than two multiples.
+        backend: the runtimes that the model is for; see ``Backend.channel_multiple``.
         min_channels: the fewest channels of a group.
         data_batches: batches for a criterion's gradients.
         batchnorm_batches: batches for batch-norm re-estimation; 0 turns it off.
@@ -258,6 +261,7 @@ def prune(
         )
     aim = None if target is None else Target.of(target)
     inputs = as_inputs(example_inputs)
+    multiple = channel_multiple([backend] if isinstance(backend, str) else backend)
     chosen = discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
     if isinstance(data, Iterator):  # it can be read once, but is needed twice
         data = list(islice(data, max(data_batches, batchnorm_batches)))
@@ -272,6 +276,7 @@ def prune(
         ranking=ranking,
         max_ratio=max_ratio,
         ratios=ratios,
+        multiple=multiple,
     )
     if "gradient" in chosen.needs:
         if data is None:
@@ -288,6 +293,13 @@ def prune(
     if data is not None:
         reestimate_(small, data, batchnorm_batches)
     return small
+
+
+def channel_multiple(backends: Iterable[str]) -> int:
+    """What channel counts are a multiple of where all these runtimes are fastest; 1 for none."""
+    registry = discover()
+    made: list[Backend] = [registry.create("backend", name) for name in backends]
+    return math.lcm(*(backend.channel_multiple for backend in made))
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:

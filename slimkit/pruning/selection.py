@@ -48,7 +48,8 @@ class Selector:
         model: the dense model.
         coupling: its verified groups.
         example_inputs: one batch of inputs, for the costs.
-        round_to: kept channels are a multiple of this where the group is large enough.
+        round_to: kept channels are a multiple of this where the group is large enough; None: of
+            `multiple`, or of half of it, a quarter ... in groups of less than two multiples.
         min_channels: no group gets smaller than this.
         ranking: ``global`` ranks all groups' channels together; with ``local`` all groups lose the
             same fraction; with ``isomorphic`` groups of the same structure are ranked together and
@@ -58,6 +59,7 @@ class Selector:
             target's ratio where that is more.
         ratios: name pattern of layers to the fraction in [0, 1) that their groups lose whatever
             the target; the first pattern that covers a group counts.
+        multiple: what the runtime likes channel counts to be a multiple of.
 
     Raises:
         PruningError: an option is out of its range, or a pattern covers no group.
@@ -69,11 +71,12 @@ class Selector:
         coupling: Coupling,
         example_inputs: tuple[Any, ...],
         *,
-        round_to: int = 1,
+        round_to: int | None = None,
         min_channels: int = 1,
         ranking: str = "global",
         max_ratio: float | Sequence[float] | None = None,
         ratios: Mapping[str, float] | None = None,
+        multiple: int = 1,
     ) -> None:
         if ranking not in RANKINGS:
             raise PruningError(f"no ranking is called {ranking!r}{did_you_mean(ranking, RANKINGS)}")
@@ -86,6 +89,7 @@ class Selector:
             min_channels=min_channels,
             max_ratio=max_ratio,
             ratios=ratios,
+            multiple=multiple,
         )
         self.shapes = {name: tuple(t.shape) for name, t in tensors_by_name(model).items()}
         self.cost = CostModel.of(model, example_inputs)
@@ -162,7 +166,7 @@ class Selector:
         sizes = {}
         for group in free:
             share = min(1.0, aim.value / carried.get(group.name, 1.0))
-            enough = self.limits.rounded(group, carrying(scores[group.name], share))
+            enough = self.limits.rounded(group, carrying(scores[group.name], share), asked=True)
             sizes[group.name] = max(self.limits.fewest(group, aim), enough)
         return sizes
 
@@ -178,7 +182,8 @@ class Selector:
             )
         ranking = "local" if self.ranking == "global" else self.ranking
         order = self._removals(free, scores, aim, ranking)
-        return self._left(free, [name for lost, name in order if lost <= aim.value + 1e-9])
+        gone = [name for lost, name in order if lost <= aim.value + 1e-9]
+        return self._left(free, gone, asked=True)
 
     def _sizes_by_cost(
         self,
@@ -214,7 +219,20 @@ class Selector:
             )
         # cost falls with every removed channel
         first = bisect_left(ends, True, hi=len(ends) - 1, key=lambda end: cost(end) <= limit)
-        return left(ends[first])
+        found = left(ends[first])
+        if self.limits.round_to == 1 or not ends[first]:
+            return found
+        # a group that lost a whole multiple may have taken more than was asked: give some back
+        last = {name: place for place, (_, name) in enumerate(order[: ends[first]])}
+        for group in sorted(free, key=lambda g: last.get(g.name, -1), reverse=True):
+            living = int((scores[group.name] >= 0).sum())
+            while found[group.name] < living:
+                more = min(living, self.limits.rounded(group, found[group.name] + 1))
+                kept = self._kept(orders, {**sizes, **found, group.name: more})
+                if self._cost(aim.measure, kept) > limit:
+                    break
+                found[group.name] = more
+        return found
 
     def _whole(self, measure: str) -> float:
         """What a target's value is a fraction of; 1 where it is no fraction."""
@@ -232,9 +250,13 @@ class Selector:
         removable = {g.name: g.channels - self.limits.fewest(g, aim) for g in free}
         return removals(free, pools, scores, removable)
 
-    def _left(self, free: Sequence[Group], gone: Sequence[str]) -> dict[str, int]:
+    def _left(
+        self, free: Sequence[Group], gone: Sequence[str], *, asked: bool = False
+    ) -> dict[str, int]:
         count = Counter(gone)
-        return {g.name: self.limits.rounded(g, g.channels - count[g.name]) for g in free}
+        return {
+            g.name: self.limits.rounded(g, g.channels - count[g.name], asked=asked) for g in free
+        }
 
     def _kept(self, orders: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
         return {g.name: best(g, orders[g.name], sizes[g.name]) for g in self.coupling.groups}

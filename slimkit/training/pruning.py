@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -17,7 +18,7 @@ from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import macs
 from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.masks import Masks
-from slimkit.pruning.prune import analyse, cut_
+from slimkit.pruning.prune import analyse, channel_multiple, cut_
 from slimkit.pruning.scores import group_scores
 from slimkit.pruning.selection import Selector
 from slimkit.pruning.targets import Target
@@ -36,9 +37,13 @@ def target_of(recipe: Prune) -> Target | None:
 
 
 def selector_of(
-    network: nn.Module, coupling: Coupling, inputs: tuple[Any, ...], recipe: Prune
+    network: nn.Module,
+    coupling: Coupling,
+    inputs: tuple[Any, ...],
+    recipe: Prune,
+    backends: Iterable[str],
 ) -> Selector:
-    """What chooses the channels that a recipe's options leave.
+    """What chooses the channels that a recipe's options, and the runtimes it exports to, leave.
 
     Raises:
         PruningError: an option does not fit the network.
@@ -52,6 +57,7 @@ def selector_of(
         ranking=recipe.ranking,
         max_ratio=recipe.max_ratio,
         ratios=recipe.ratios,
+        multiple=channel_multiple(backends),
     )
 
 
@@ -159,7 +165,8 @@ class PruningCallback(pl.Callback):
 
     def _analyse(self) -> None:
         network, inputs = self.module.network, self.module.state.example_inputs
-        coupling = analyse(network, inputs, self.recipe.protect, self.recipe.engine)
+        recipe = self.recipe
+        coupling = analyse(network, inputs, recipe.protect, recipe.engine, recipe.attention)
         if not coupling.groups:
             raise PruningError(
                 "nothing can be pruned: "
@@ -169,7 +176,8 @@ class PruningCallback(pl.Callback):
                 )
             )
         self.masks = Masks(coupling, self.module.state.living)
-        self.selector = selector_of(network, coupling, inputs, self.recipe)
+        backends = [plugin.name for plugin in self.module.recipe.export]
+        self.selector = selector_of(network, coupling, inputs, self.recipe, backends)
         # A target out of reach is said now, not after the window
         flat = {g.name: torch.ones(g.channels, dtype=torch.float64) for g in coupling.groups}
         self.selector.choose(flat, self.target)

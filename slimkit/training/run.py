@@ -219,8 +219,9 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     criterion: Criterion = discover().create(
         "criterion", section.criterion.name, section.criterion.options
     )
-    coupling = analyse(network, inputs, section.protect, section.engine)
-    selector = selector_of(network, coupling, inputs, section)
+    coupling = analyse(network, inputs, section.protect, section.engine, section.attention)
+    backends = [plugin.name for plugin in module.recipe.export]
+    selector = selector_of(network, coupling, inputs, section, backends)
     if "gradient" in criterion.needs:
         step = module.inner.training_step
 

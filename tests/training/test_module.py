@@ -26,7 +26,13 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*callbacks used to create the checkpoint",  # a resumed run need not keep more of them
 )
 
-PRUNE = {"criterion": "l1", "target": {"flops": 0.5}, "during": [0.0, 0.5], "steps": 2}
+PRUNE = {
+    "round_to": 1,
+    "criterion": "l1",
+    "target": {"flops": 0.5},
+    "during": [0.0, 0.5],
+    "steps": 2,
+}
 QUIET = {"distill": False}
 
 

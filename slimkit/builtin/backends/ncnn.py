@@ -34,9 +34,10 @@ class Ncnn(Backend):
 
     The input of each convolution and linear layer is rounded to symmetric int8 per tensor, weights
     per output channel; everything between is float. ncnn has no batch dimension: inputs are
-    (1, ...).
+    (1, ...). Channels are packed by 8 where they are a multiple of it, in int8 always.
     """
 
+    channel_multiple = 8
     scheme = Scheme(
         activations=Grid(bits=8),
         weights=Grid(bits=8, per_channel=True),

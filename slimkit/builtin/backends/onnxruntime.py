@@ -28,9 +28,11 @@ class OnnxRuntime(Backend):
     """An ONNX file of QuantizeLinear and DequantizeLinear pairs, fused by ONNX Runtime to integers.
 
     Activations are uint8 with a zero point: signed symmetric ones compute four times slower on
-    x86. Weights are int8 per output channel, biases int32.
+    x86. Weights are int8 per output channel, biases int32. Float convolutions compute 8 channels at
+    once, 16 with AVX-512; odd counts cost more than they save.
     """
 
+    channel_multiple = 8
     scheme = Scheme(
         activations=Grid(bits=8, signed=False, symmetric=False),
         weights=Grid(bits=8, per_channel=True),
