@@ -194,6 +194,11 @@ class Prune(_Node):
     protect: Patterns = Field(
         default=(), description="Modules that keep all channels; * and ? allowed."
     )
+    protect_first: bool = Field(
+        default=True,
+        description="Whether the first convolution over an image or a signal keeps its channels, "
+        "where the target can be reached without it.",
+    )
     attention: Literal["dimensions", "heads"] = Field(
         default="dimensions",
         description="What goes in attention: dimensions, each in all heads, or whole heads.",

@@ -24,6 +24,8 @@ from slimkit.pruning.recording import recorded
 from slimkit.pruning.removal import tensors_by_name
 from slimkit.pruning.written import Written
 
+COLOURS = 4  # channels of an image or a signal
+
 Writer = Callable[[nn.Module, tuple[Any, ...]], Written]
 
 
@@ -187,10 +189,25 @@ def _grouped(
             doubtful=key in doubts,
             candidates=_candidates(doubts.get(key, []), modules, sizes[key]),
             rescaled=tuple(rescaled.get(key, [])),
+            first=_is_first(walk, members[key], tensors),
         )
         for key, name in names.items()
     ]
     return Coupling(tuple(groups), frozen)
+
+
+def _is_first(walk: Propagation, members: Sequence[Member], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether one convolution over at most `COLOURS` channels of the input makes the channels."""
+    weights = {
+        (member.tensor, member.dim): tensors[member.tensor].shape
+        for member in members
+        if (member.tensor, member.dim) in walk.makes and tensors[member.tensor].dim() > 1
+    }
+    depthwise = {place for place, shape in weights.items() if shape[1] == 1 and len(shape) > 2}
+    first = {place for place in weights if place in walk.first}
+    return first == weights.keys() - (depthwise - first) and all(
+        len(weights[place]) > 2 and weights[place][1] <= COLOURS for place in first
+    )
 
 
 def _candidates(

@@ -73,6 +73,8 @@ class Group:
         candidates: numbers in the user's modules that may have to follow the size.
         fits: those that do.
         rescaled: queries of attention that is scaled by the group's size.
+        first: whether the channels are those of the first convolution over an image or a signal,
+            and of nothing else.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Group:
     candidates: tuple[Fit, ...] = ()
     fits: tuple[Fit, ...] = ()
     rescaled: tuple[Rescaled, ...] = ()
+    first: bool = False
 
     @property
     def layers(self) -> list[str]:

@@ -61,6 +61,7 @@ class Propagation:
         self.tensors: dict[str, Dims] = {}  # the parameters and buffers
         self.reads: set[Place] = set()  # where channels are read
         self.makes: set[Place] = set()  # where channels are made
+        self.first: set[Place] = set()  # where channels are made of the model's input itself
         self.norms: dict[str, str] = {}  # weight -> the batch-norm right behind
         self.doubts: list[Doubt] = []  # channels behind a size that may be a constant
         self.queries: list[tuple[Ids, int]] = []  # of attention scaled by their size; their rows
@@ -69,6 +70,7 @@ class Propagation:
         self._values: dict[fx.Node, Any] = {}
         self._weights: set[fx.Node] = set()  # parameters, buffers and what is computed from them
         self._makers: dict[fx.Node, set[Place]] = {}
+        self._inputs: set[fx.Node] = set()  # inputs, and what no layer was applied to yet
         self._starts: list[int] = []  # the first identity of each of `_places`
         self._places: list[set[Place]] = []
         self._end = 0  # behind the last of their identities
@@ -95,10 +97,11 @@ class Propagation:
     def argument(self, node: fx.Node, shape: Sequence[int]) -> None:
         """An input of the model: all its dimensions must stay."""
         self._values[node] = [fixed(size) for size in shape]
+        self._inputs.add(node)
 
     def constant(self, node: fx.Node, shape: Sequence[int]) -> None:
         """A tensor that the code holds: all its dimensions must stay."""
-        self.argument(node, shape)
+        self._values[node] = [fixed(size) for size in shape]
         self._weights.add(node)
 
     def value(self, node: fx.Node) -> Any:
@@ -110,6 +113,12 @@ class Propagation:
         self._module = node.meta.get("module", "")
         if all(source in self._weights for source in node.all_input_nodes):
             self._weights.add(node)
+        self._apply(node)
+        data = set(node.all_input_nodes) - self._weights
+        if data and data <= self._inputs and node not in self._makers:
+            self._inputs.add(node)
+
+    def _apply(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
             source, position = node.args
             whole = self._values.get(source) if isinstance(source, fx.Node) else None
@@ -166,6 +175,8 @@ class Propagation:
         if makes is not None:
             self._makers[node] = self.where(dims[makes])
             self.makes |= self._makers[node]
+            if set(node.all_input_nodes) - self._weights <= self._inputs:
+                self.first |= self._makers[node]
         if reads is not None:
             self.reads |= self.where(dims[reads])
 

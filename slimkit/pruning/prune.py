@@ -76,6 +76,7 @@ def cut_(
     kept: Mapping[str, Tensor],
     inputs: tuple[Any, ...],
     macs_before_and_after: tuple[int, int] | None = None,
+    spared: Mapping[str, str] | None = None,
 ) -> PruningReport:
     """Remove all channels but `kept` from `model` in place, and report what was measured.
 
@@ -87,12 +88,15 @@ def cut_(
         kept: group name to the channel numbers that stay.
         inputs: the forward's arguments, to measure with.
         macs_before_and_after: what was measured already for exactly this cut.
+        spared: groups that the choice left whole on purpose, with the reason.
 
     Raises:
         PruningError: nothing would be removed.
     """
     pairs = [(group, kept[group.name]) for group in coupling.groups]
     positions = kept_positions(pairs)
+    whole = {g.name for g, stay in pairs if len(stay) == g.channels}
+    left_whole = {name: why for name, why in (spared or {}).items() if name in whole}
     if not positions:
         raise PruningError(
             "nothing was pruned: no channel may go. "
@@ -106,8 +110,12 @@ def cut_(
     remove_(model, positions, attributes)
     left = macs_before_and_after[1] if macs_before_and_after else macs(model, inputs)
     report = PruningReport(
-        groups={g.name: (g.channels, len(stay), g.layers) for g, stay in pairs},
-        frozen=dict(coupling.frozen),
+        groups={
+            g.name: (g.channels, len(stay), g.layers)
+            for g, stay in pairs
+            if g.name not in left_whole
+        },
+        frozen=left_whole | coupling.frozen,
         macs=(dense, left),
         parameters=(before[0], parameters(model)),
         size_mb=(before[1], size_mb(model)),
@@ -133,7 +141,8 @@ def cut_to_target_(
     """
     coupling = selector.coupling
     if target is None or target.measure not in COSTS:
-        return cut_(model, coupling, selector.choose(scores, target).kept, inputs)
+        kept = selector.choose(scores, target).kept
+        return cut_(model, coupling, kept, inputs, spared=selector.spared)
     dense = selector.cost.measured_macs
     aim, found = target, None
     for _ in range(TRIES):
@@ -157,7 +166,7 @@ def cut_to_target_(
             break
         aim = Target(target.measure, min(max(1e-3, aim.value + off), _most(target)))
     if found is not None:
-        return cut_(model, coupling, found[1], inputs, (dense, found[2]))
+        return cut_(model, coupling, found[1], inputs, (dense, found[2]), selector.spared)
     raise PruningError(
         f"target {target} cannot be reached: {reached:.3f} is left by measurement, more than "
         "predicted; choose a milder target"
@@ -192,6 +201,7 @@ def prune(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     protect: Sequence[str] = (),
+    protect_first: bool = True,
     round_to: int | None = None,
     backend: str | Sequence[str] = (),
     min_channels: int = 1,
@@ -229,6 +239,8 @@ def prune(
         protect: name patterns of layers that keep all channels that they make (and so do the layers
             that share these channels); what they read may shrink. The name of a block covers the
             layers inside.
+        protect_first: whether the first convolution over an image or a signal keeps its channels,
+            where no residual connection shares them and the target can be reached without it.
         round_to: kept channels are a multiple of this. Left out, of what `backend` computes
             fastest, or of half of it, a quarter ... in groups of less than two multiples.
         backend: the runtimes that the model is for; see ``Backend.channel_multiple``.
@@ -277,6 +289,7 @@ def prune(
         max_ratio=max_ratio,
         ratios=ratios,
         multiple=multiple,
+        protect_first=protect_first,
     )
     if "gradient" in chosen.needs:
         if data is None:

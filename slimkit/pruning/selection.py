@@ -21,6 +21,9 @@ from slimkit.pruning.rankings import RANKINGS, Removals, removals
 from slimkit.pruning.removal import best, tensors_by_name
 from slimkit.pruning.targets import Target
 
+FIRST = "the first layer is protected: all else is made of it (protect_first: false lets it go)"
+ENOUGH = 2  # other groups, so that there is something to prune
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -60,6 +63,8 @@ class Selector:
         ratios: name pattern of layers to the fraction in [0, 1) that their groups lose whatever
             the target; the first pattern that covers a group counts.
         multiple: what the runtime likes channel counts to be a multiple of.
+        protect_first: whether the group of the first convolution is spared where two others are
+            left, and where a cost can be reached without it.
 
     Raises:
         PruningError: an option is out of its range, or a pattern covers no group.
@@ -77,6 +82,7 @@ class Selector:
         max_ratio: float | Sequence[float] | None = None,
         ratios: Mapping[str, float] | None = None,
         multiple: int = 1,
+        protect_first: bool = False,
     ) -> None:
         if ranking not in RANKINGS:
             raise PruningError(f"no ranking is called {ranking!r}{did_you_mean(ranking, RANKINGS)}")
@@ -91,6 +97,9 @@ class Selector:
             ratios=ratios,
             multiple=multiple,
         )
+        first = {g.name for g in coupling.groups if g.first and g.name not in self.limits.given}
+        enough = protect_first and len(coupling.groups) - len(first) >= ENOUGH
+        self.spared = dict.fromkeys(first if enough else (), FIRST)
         self.shapes = {name: tuple(t.shape) for name, t in tensors_by_name(model).items()}
         self.cost = CostModel.of(model, example_inputs)
         self.counting = Counting(coupling.groups)
@@ -131,12 +140,15 @@ class Selector:
         sizes = {g.name: self._size_before_ranking(g, progress) for g in self.coupling.groups}
         if target is not None:
             aim = target if progress == 1 else target.milder(progress, self._dense(target))
-            free = [g for g in self.coupling.groups if g.name not in self.limits.given]
+            ranked = [g for g in self.coupling.groups if g.name not in self.limits.given]
+            free = [g for g in ranked if g.name not in self.spared]
             if target.measure == "importance":
                 sizes |= self._sizes_by_importance(free, scores, aim, carried)
             elif target.measure == "ratio":
                 sizes |= self._sizes_by_ratio(free, scores, aim)
             else:
+                if self.spared and not self._suffices(free, orders, aim, sizes):
+                    free = ranked
                 sizes |= self._sizes_by_cost(free, scores, orders, aim, sizes)
         kept = self._kept(orders, sizes)
         shares = {
@@ -233,6 +245,18 @@ class Selector:
                     break
                 found[group.name] = more
         return found
+
+    def _suffices(
+        self,
+        free: Sequence[Group],
+        orders: Mapping[str, Tensor],
+        aim: Target,
+        sizes: Mapping[str, int],
+    ) -> bool:
+        """Whether the cost can be reached by these groups alone."""
+        fewest = {g.name: self.limits.fewest(g, aim) for g in free}
+        limit = aim.value * self._whole(aim.measure)
+        return self._cost(aim.measure, self._kept(orders, {**sizes, **fewest})) <= limit
 
     def _whole(self, measure: str) -> float:
         """What a target's value is a fraction of; 1 where it is no fraction."""

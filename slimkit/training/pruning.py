@@ -36,6 +36,11 @@ def target_of(recipe: Prune) -> Target | None:
     return None if recipe.target is None else Target(recipe.target.kind, recipe.target.value)
 
 
+def coupling_of(network: nn.Module, inputs: tuple[Any, ...], recipe: Prune) -> Coupling:
+    """The verified groups that a recipe lets go."""
+    return analyse(network, inputs, recipe.protect, recipe.engine, recipe.attention)
+
+
 def selector_of(
     network: nn.Module,
     coupling: Coupling,
@@ -58,6 +63,7 @@ def selector_of(
         max_ratio=recipe.max_ratio,
         ratios=recipe.ratios,
         multiple=channel_multiple(backends),
+        protect_first=recipe.protect_first,
     )
 
 
@@ -165,8 +171,7 @@ class PruningCallback(pl.Callback):
 
     def _analyse(self) -> None:
         network, inputs = self.module.network, self.module.state.example_inputs
-        recipe = self.recipe
-        coupling = analyse(network, inputs, recipe.protect, recipe.engine, recipe.attention)
+        coupling = coupling_of(network, inputs, self.recipe)
         if not coupling.groups:
             raise PruningError(
                 "nothing can be pruned: "
@@ -210,7 +215,14 @@ class PruningCallback(pl.Callback):
         network, state = self.module.network, self.module.state
         named = network.named_parameters(remove_duplicate=False)
         shapes = {name: tuple(p.shape) for name, p in named}
-        report = cut_(network, self.masks.coupling, self.masks.kept, state.example_inputs)
+        assert self.selector is not None
+        report = cut_(
+            network,
+            self.masks.coupling,
+            self.masks.kept,
+            state.example_inputs,
+            spared=self.selector.spared,
+        )
         shrink_optimizers_(trainer.optimizers, network, report.kept, shapes)
         state.cut = True
         state.macs_left = macs(network, state.example_inputs) / report.macs[0]

@@ -27,7 +27,7 @@ from slimkit.importing import build
 from slimkit.interfaces import Criterion
 from slimkit.progress import is_quiet
 from slimkit.pruning.batchnorm import reestimate_
-from slimkit.pruning.prune import analyse, cut_to_target_
+from slimkit.pruning.prune import cut_to_target_
 from slimkit.pruning.scores import group_scores, scores_over_batches
 from slimkit.recipe import Import, Recipe
 from slimkit.registry import discover
@@ -36,7 +36,7 @@ from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
-from slimkit.training.pruning import selector_of, target_of
+from slimkit.training.pruning import coupling_of, selector_of, target_of
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
@@ -219,7 +219,7 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     criterion: Criterion = discover().create(
         "criterion", section.criterion.name, section.criterion.options
     )
-    coupling = analyse(network, inputs, section.protect, section.engine, section.attention)
+    coupling = coupling_of(network, inputs, section)
     backends = [plugin.name for plugin in module.recipe.export]
     selector = selector_of(network, coupling, inputs, section, backends)
     if "gradient" in criterion.needs:

@@ -361,7 +361,7 @@ def test_inputs_that_are_not_finite_are_an_error():
 
 def test_grouped_convolution_keeps_its_groups_and_each_loses_as_much():
     model, inputs = make("grouped")
-    small = prune(model, inputs, target={"ratio": 0.5})
+    small = prune(model, inputs, target={"ratio": 0.5}, protect_first=False)
     assert (small[2].in_channels, small[2].out_channels, small[2].groups) == (4, 4, 2)
 
 
@@ -540,3 +540,50 @@ def test_ratios_of_zero_alone_are_an_error():
     model, inputs = make("mlp")
     with pytest.raises(PruningError, match="nothing was pruned"):
         prune(model, inputs, ratios={"0": 0.0})
+
+
+def stacked():
+    return nn.Sequential(*(conv(a, b) for a, b in ((3, 8), (8, 8), (8, 8), (8, 2)))).eval()
+
+
+FIRST = "the first layer is protected: all else is made of it (protect_first: false lets it go)"
+
+
+@pytest.mark.parametrize("target", [{"flops": 0.7}, {"ratio": 0.5}, {"importance": 0.6}])
+def test_the_first_layer_stays_whole_with_the_reason(target):
+    small = prune(stacked(), IMAGE, target=target)
+    assert small[0].out_channels == 8
+    assert small.slimkit_pruning.frozen["0"] == FIRST
+    assert "0" not in small.slimkit_pruning.groups
+
+
+def test_the_first_layer_is_pruned_where_it_may():
+    small = prune(stacked(), IMAGE, target={"ratio": 0.5}, protect_first=False)
+    assert small[0].out_channels == 4
+
+
+def test_the_first_layer_is_pruned_by_ratios():
+    small = prune(stacked(), IMAGE, target={"ratio": 0.5}, ratios={"0": 0.25})
+    assert small[0].out_channels == 6
+
+
+def test_the_first_layer_is_pruned_where_the_target_cannot_be_reached_without_it():
+    small = prune(stacked(), IMAGE, target={"flops": 0.1})
+    assert small[0].out_channels < 8
+    assert "0" in small.slimkit_pruning.groups
+
+
+def test_a_first_layer_whose_channels_others_share_is_no_exception():
+    model, inputs = make("residual")
+    assert "stem" in prune(model, inputs, target={"ratio": 0.5}).slimkit_pruning.groups
+
+
+def test_a_first_layer_that_is_one_of_two_is_no_exception():
+    small = prune(nn.Sequential(conv(3, 8), conv(8, 8), conv(8, 2)), IMAGE, target={"ratio": 0.5})
+    assert small[0].out_channels == 4
+
+
+def test_a_linear_layer_over_features_is_no_exception():
+    layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
+    small = prune(nn.Sequential(*layers, nn.Linear(8, 2)), torch.zeros(1, 4), target={"ratio": 0.5})
+    assert small[0].out_features == 4
