@@ -64,6 +64,59 @@ def test_ratios_limits_and_rankings_reach_the_plan(prune):
     assert max(shares) - min(shares) < 0.05
 
 
+MODELS = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads, self.qkv, self.out = 4, nn.Linear(16, 96), nn.Linear(32, 16)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.heads, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def vit():
+    return nn.Sequential(nn.Linear(16, 16), Attention(), nn.Linear(16, 3))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(32, 1, 8, 8, generator=generator)
+    return [(images, torch.randint(0, 10, (32,), generator=generator))] * 2
+"""
+
+
+def test_whole_heads_go(prune, tmp_path):
+    (tmp_path / "mine.py").write_text(MODELS)
+    vit = ("mine:vit", "--input", "1,5,16", "--plan", "--json", "--ratio", "1.qkv=0.25")
+    plan = json.loads(prune(*vit, "--attention", "heads").stdout)
+    assert (plan["groups"]["1.qkv"]["channels"], plan["groups"]["1.qkv"]["kept"]) == (4, 3)
+    assert plan["attributes"] == {"1": {"heads": 3}}
+
+
+def test_data_gives_gradients(prune, tmp_path):
+    (tmp_path / "mine.py").write_text(MODELS)
+    done = prune(*NET, "-c", "taylor", "--data", "mine:batches", "-o", "small")
+    assert done.returncode == 0, done.stderr
+    assert slimkit.load(tmp_path / "small").slimkit_pruning.macs[1] > 0
+
+
+def test_a_backend_rounds_channels(prune):
+    def kept(*args):
+        groups = json.loads(prune(*NET, "--plan", "--json", *args).stdout)["groups"].values()
+        return [group["kept"] for group in groups]
+
+    assert any(count % 8 for count in kept())
+    assert not any(count % 8 for count in kept("--backend", "ncnn", "-b", "onnxruntime"))
+    assert any(count % 8 for count in kept("--backend", "ncnn", "--round-to", "1"))
+
+
 def test_token_ids_are_whole_numbers(prune, tmp_path):
     (tmp_path / "tokens.py").write_text(
         "from torch import nn\n\n\ndef net():\n"
@@ -88,6 +141,9 @@ def test_token_ids_are_whole_numbers(prune, tmp_path):
         (("slimkit.demo.digits:resnett", "-i", "1"), "did you mean 'resnet'?"),
         ((*NET, "--weights", "gone.pt"), "'gone.pt' does not exist"),
         ((*NET, "--output", "full"), "will not replace it"),
+        ((*NET, "-c", "taylor"), "needs gradients: pass data= (--data on the command line)"),
+        ((*NET, "--data", "digits"), "should look like 'package.module:function', not 'digits'"),
+        ((*NET, "--backend", "ncnnn"), "no backend is called 'ncnnn'; did you mean 'ncnn'?"),
     ],
 )
 def test_bad_input_exits_with_2_and_says_what(prune, tmp_path, args, said):

@@ -60,8 +60,39 @@ if TYPE_CHECKING:
     metavar="PATTERN",
     help="Layers that keep all their channels; * and ? allowed; may be repeated.",
 )
-@click.option("--round-to", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--protect-first/--no-protect-first",
+    default=True,
+    show_default=True,
+    help="Whether the first convolution keeps its channels where the target allows it.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["dimensions", "heads"]),
+    default="dimensions",
+    show_default=True,
+    help="What attention loses: dimensions, each of them in all heads, or whole heads.",
+)
+@click.option(
+    "--backend",
+    "-b",
+    "backends",
+    multiple=True,
+    metavar="NAME",
+    help="A runtime that the model is for; channels are rounded to what it computes fastest.",
+)
+@click.option(
+    "--round-to",
+    type=click.IntRange(min=1),
+    help="Keep a multiple of this many channels.  [default: as --backend likes it]",
+)
 @click.option("--min-channels", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="package.module:function that gives batches of (inputs, labels) or a data module, for "
+    "criteria that need gradients and to re-estimate batch-norm.",
+)
 @click.option(
     "--weights",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -84,14 +115,18 @@ def prune(
     max_ratio: str | None,
     criterion: str,
     protect: tuple[str, ...],
-    round_to: int,
+    protect_first: bool,
+    attention: Literal["dimensions", "heads"],
+    backends: tuple[str, ...],
+    round_to: int | None,
     min_channels: int,
+    data: str | None,
     weights: Path | None,
     output: Path | None,
     plan: bool,
     as_json: bool,
 ) -> None:
-    r"""Cut channels out of MODEL at once, without training, and save the small model.
+    """Cut channels out of MODEL at once, without training, and save the small model.
 
     MODEL is package.module:function, found in the current folder or among the installed packages.
     Every group of coupled channels is verified before anything is cut; what stays whole is listed
@@ -100,11 +135,15 @@ def prune(
     \b
     Example:
         slimkit prune my_models:resnet50 --input 1,3,224,224 --target flops=0.5 --plan
-    """
+        slimkit prune my_models:vit --input 1,3,224,224 --attention heads --ratio "*.attn=0.25"
+    """  # noqa: D301 click keeps the lines behind its mark
     from slimkit.fields import is_import_path
 
-    if not is_import_path(model):
-        raise click.BadParameter(f"should look like 'package.module:function', not {model!r}")
+    for path, hint in ((model, "MODEL"), (data, "--data")):
+        if path is not None and not is_import_path(path):
+            raise click.BadParameter(
+                f"should look like 'package.module:function', not {path!r}", param_hint=hint
+            )
     if target is None and not ratios:
         target = "flops=0.5"
     aim = dict([_pair(target, "--target", "flops=0.5")]) if target else None
@@ -138,7 +177,11 @@ def prune(
             ratios=fixed or None,
             ranking=ranking,
             max_ratio=limit,
+            data=None if data is None else _batches(build({"target": data}, "data", object)),
             protect=protect,
+            protect_first=protect_first,
+            attention=attention,
+            backend=backends,
             round_to=round_to,
             min_channels=min_channels,
         )
@@ -162,6 +205,15 @@ def _pair(text: str, option: str, example: str) -> tuple[str, float]:
         raise click.BadParameter(
             f"should be such as {example}, not {text!r}", param_hint=option
         ) from None
+
+
+def _batches(made: Any) -> Any:
+    """What gives batches: the training data of a data module, or the thing itself."""
+    if not hasattr(made, "train_dataloader"):
+        return made
+    made.prepare_data()
+    made.setup("fit")
+    return made.train_dataloader()
 
 
 def _limit(text: str | None) -> float | list[float] | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slimkit.batches import doubled
 from slimkit.copies import copied
 from slimkit.errors import PruningError, in_one_line
-from slimkit.pruning import rules_layers, rules_moves, rules_values
+from slimkit.pruning import rules_layers, rules_moves, rules_recurrent, rules_values
 from slimkit.pruning.coupling import Attention, Coupling, Fit, Group, Member, Rescaled, Role
 from slimkit.pruning.exporting import exported
 from slimkit.pruning.heads import views_of_heads
@@ -60,9 +60,8 @@ def groups_by_analysis(
             with suppress(Exception):  # then verification tells what stays
                 graphs.append(write(probe.train(), inputs))
                 break
-    walk = Propagation(
-        Identities(), {**rules_values.RULES, **rules_moves.RULES, **rules_layers.RULES}
-    )
+    rules = (rules_values, rules_moves, rules_layers, rules_recurrent)
+    walk = Propagation(Identities(), {k: v for part in rules for k, v in part.RULES.items()})
     tensors = tensors_by_name(probe)
     owners = {id(tensor): name for name, tensor in reversed(tensors.items())}
     for written in graphs:

@@ -184,6 +184,10 @@ def _fit_attributes_(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and isinstance(module.weight, Tensor):
         module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.RNNCellBase | nn.RNNBase):
+        end = "" if isinstance(module, nn.RNNCellBase) else "_l0"
+        read, again = getattr(module, f"weight_ih{end}"), getattr(module, f"weight_hh{end}")
+        module.input_size, module.hidden_size = read.shape[1], again.shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.shape[0]
 
