@@ -294,8 +294,8 @@ def prune(
     if "gradient" in chosen.needs:
         if data is None:
             raise PruningError(
-                f"criterion {criterion!r} needs gradients: pass data= (--data on the command line), "
-                "batches of inputs and labels, or choose a criterion without data such as 'l1'"
+                f"criterion {criterion!r} needs gradients: pass data= (--data on the command line) "
+                "with batches of inputs and labels, or choose a criterion without data such as 'l1'"
             )
         scores = scores_over_batches(
             small, coupling, chosen, data, loss or cross_entropy, data_batches
