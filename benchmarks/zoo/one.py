@@ -60,8 +60,9 @@ def lived_in(model: nn.Module) -> nn.Module:
 
 def macs(model: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates by PyTorch's own count."""
+    frozen = copy.deepcopy(model).requires_grad_(False)  # the counter fails on a parameter's views
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
+        frozen(x)
     return counter.get_total_flops() // 2
 
 

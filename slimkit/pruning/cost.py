@@ -25,15 +25,20 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
     Convolutions, linear layers and matrix products count; additions and activations do not.
     `model` is not changed.
     """
-    return counted(copied(model, share=True).eval(), example_inputs)
+    return counted(copied(model, share=True), example_inputs)
 
 
 @torch.no_grad()
 def counted(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
-    """`macs` of a model in evaluation mode whose forward may leave something in it."""
+    """`macs` of a model of one's own: it is left in evaluation mode, and its parameters frozen."""
     with FlopCounterMode(display=False) as counter:
-        model(*example_inputs)
+        _ready_to_count(model)(*example_inputs)
     return int(counter.get_total_flops()) // 2
+
+
+def _ready_to_count(model: nn.Module) -> nn.Module:
+    """Evaluation mode and nothing trainable: the counter's hooks fail on a parameter's views."""
+    return model.eval().requires_grad_(False)
 
 
 def parameters(model: nn.Module) -> int:
@@ -110,7 +115,7 @@ class CostModel:
     def of(cls, model: nn.Module, example_inputs: tuple[Any, ...]) -> CostModel:
         """Measure `model` once."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        probe = copied(model, share=True).eval()
+        probe = _ready_to_count(copied(model, share=True))
         uses = _Uses(probe)
         with FlopCounterMode(display=False) as flops, uses:
             probe(*example_inputs)

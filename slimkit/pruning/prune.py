@@ -151,7 +151,7 @@ def cut_to_target_(
         probe = copied(model, share=True)
         remove_(probe, kept_positions(pairs), fitted(pairs))
         try:
-            left = counted(probe.eval(), inputs)
+            left = counted(probe, inputs)
         except Exception as error:
             raise PruningError(
                 f"cut to target {target}, {type(model).__name__} does not run: "

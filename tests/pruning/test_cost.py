@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import PRUNABLE, conv, make
+from models import PRUNABLE, Net, conv, make
 from safetensors.torch import save
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,3 +125,12 @@ def test_counting_leaves_the_model_as_it_was(count):
     count(model, (torch.randn(2, 3, 8, 8),))
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert model.training
+
+
+def test_a_parameter_that_is_handed_to_a_layer_is_no_obstacle():
+    """PyTorch's counter raises on it where the parameter is trainable."""
+    model = Net(lambda net, x: net.a(net.token.expand(len(x), -1)) + net.a(x), a=nn.Linear(4, 4))
+    model.token = nn.Parameter(torch.zeros(1, 4))
+    assert macs(model, (torch.zeros(2, 4),)) == 2 * 2 * 16
+    assert CostModel.of(model, (torch.zeros(2, 4),)).measured_macs == 2 * 2 * 16
+    assert model.token.requires_grad
