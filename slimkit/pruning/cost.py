@@ -63,6 +63,10 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     return dict(first.values())
 
 
+PRODUCTS = ("addmm", "matmul", "mm")
+"""Operations whose last two arguments are multiplied as matrices."""
+
+
 class _Uses(CallMode):
     """Counts how often a forward uses one weight of each parameter."""
 
@@ -74,6 +78,9 @@ class _Uses(CallMode):
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
+        if op in PRODUCTS and len(args) >= 2:
+            self._count_product(out, *args[-2:])
+            return out
         given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
         if op not in WEIGHTED:
             return out
@@ -86,6 +93,14 @@ class _Uses(CallMode):
             channels = positions.shape[-1 if op == "linear" else -1 - int(op[-2])]
             self.uses[weight] = self.uses.get(weight, 0.0) + positions.numel() / channels
         return out
+
+    def _count_product(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+        """A parameter of two dimensions costs its weights once for each row of the other side."""
+        for factor, own in ((left, 0), (right, 1)):
+            weight = self.names.get(id(factor))
+            if weight is not None and factor.dim() == 2:
+                rows = out.numel() / factor.shape[own]
+                self.uses[weight] = self.uses.get(weight, 0.0) + rows
 
 
 @dataclass(frozen=True)

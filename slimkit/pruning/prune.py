@@ -35,7 +35,7 @@ from slimkit.pruning.targets import COSTS, Target
 from slimkit.pruning.verification import verified
 from slimkit.registry import discover
 
-TRIES = 4
+TRIES = 6
 CLOSE = 0.01  # of the dense cost: how near the measured figure must come to the target
 
 
@@ -145,6 +145,7 @@ def cut_to_target_(
         return cut_(model, coupling, kept, inputs, spared=selector.spared)
     dense = selector.cost.measured_macs
     aim, found = target, None
+    under, over = None, None  # (aim, reached) of the nearest tries on both sides
     for _ in range(TRIES):
         choice = selector.choose(scores, aim)
         pairs = [(group, choice.kept[group.name]) for group in coupling.groups]
@@ -162,9 +163,17 @@ def cut_to_target_(
             found = reached, choice.kept, left
         off = target.value - reached
         foreseen = target.measure != "flops" or abs(left - choice.macs) <= CLOSE * dense
-        if found is not None and (off <= CLOSE or foreseen):
+        if reached <= target.value + close and (off <= CLOSE or foreseen):
             break
-        aim = Target(target.measure, min(max(1e-3, aim.value + off), _most(target)))
+        if off > 0:
+            under = aim.value, reached
+        else:
+            over = aim.value, reached
+        value = aim.value + off
+        if under and over:  # between the two, as if the cost were a straight line
+            slope = (over[0] - under[0]) / (over[1] - under[1])
+            value = under[0] + slope * (target.value - under[1])
+        aim = Target(target.measure, min(max(1e-3, value), _most(target)))
     if found is not None:
         return cut_(model, coupling, found[1], inputs, (dense, found[2]), selector.spared)
     raise PruningError(

@@ -117,10 +117,16 @@ def attention(walk: Propagation, node: fx.Node, name: str) -> Any:
     if option(node, "scale") is None:  # then by the size of a head, which changes
         walk.queries.append((q[-1], len(q[-1]) * (len(q[-3]) if len(q) > 3 else 1)))
     walk.ids.tie(k[-2], v[-2], "attention")
-    walk.freeze(walk.given(node, 3, "attn_mask") or [], "attention is masked by it")
+    mask = walk.given(node, 3, "attn_mask") or []
+    walk.freeze(mask[-2:], "attention is masked by it")
     batch = list(q[:-2])
+    for d, dim in enumerate(mask[:-2], start=len(batch) + 2 - len(mask)):
+        batch[d] = walk.broadcast(batch[d], dim, "attention")
     for d, dims in enumerate(zip(batch, k, v, strict=False)):
         for dim in dims[1:]:
+            each = len(batch[d]) // len(dim)
+            if option(node, "enable_gqa") and each > 1:  # several queries read one key
+                dim = np.repeat(dim, each)
             batch[d] = walk.broadcast(batch[d], dim, "attention")
     return [*batch, q[-2], v[-1]]
 

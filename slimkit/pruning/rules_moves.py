@@ -24,6 +24,9 @@ from slimkit.pruning.propagation import (
 def cat(walk: Propagation, node: fx.Node, name: str) -> Any:
     parts = [walk.dims(part) for part in argument(node, 0, "tensors")]
     tensors = [part for part in parts if part]
+    deep = max(len(part) for part in tensors)
+    # an empty tensor of one dimension may be joined to any other
+    tensors = [part for part in tensors if len(part) == deep or len(part[0])]
     d = (argument(node, 1, "dim") or 0) % len(tensors[0])
     out = list(tensors[0])
     for other in tensors[1:]:
@@ -57,7 +60,7 @@ def _parts(walk: Propagation, node: fx.Node, name: str, dim: int) -> Any:
     parts = np.split(x[d], bounds)
     if is_free(x[d]):
         if name != "chunk":
-            walk.doubt(x[d], sizes)
+            walk.doubt(x[d], [len(x[d]), *sizes])
         if len(set(sizes)) == 1:
             walk.ids.tie_rows(np.stack(parts), f"{name} into equal parts")
         else:
@@ -227,7 +230,15 @@ def view(walk: Propagation, node: fx.Node, name: str) -> Any:
         if as_heads:
             follows = len(after) - 2  # heads are in front of their dimensions
         dims, sizes = [x[d] for d in before], [shape[d] for d in after]
-        out += _reshaped(walk, dims, sizes, name, follows, as_heads=as_heads)
+        made = _reshaped(walk, dims, sizes, name, follows, as_heads=as_heads)
+        out += made
+        kept = len(dims) == len(sizes) == 1
+        if kept and (after[0] == open_ or name not in ("view", "reshape", "_unsafe_view")):
+            continue  # no size is written down for it
+        varying = [len(dim) for dim in [*dims, *made] if is_free(dim)]
+        for dim in dims:
+            if is_free(dim) and (kept or len(dim) > 1):
+                walk.doubt(dim, varying)
     return out
 
 
@@ -263,8 +274,6 @@ def _reshaped(
 
     if not free:
         return along({})
-    for d in free:
-        walk.doubt(long[d], [len(dim) for dim in long] + sizes)
     if len(long) == 1:
         parts = [long[0]] if len(big) == 1 else walk.ids.split(long[0], [sizes[k] for k in big])
         if parts is not None:

@@ -7,9 +7,11 @@ consistently in all coupled tensors leaves the output unchanged.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, islice
+from math import isqrt
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ def verified(model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...]) -> C
         return coupling
     frozen = dict(coupling.frozen)
     trial = Trial(model, inputs, training=coupling.training)
-    search = _Search(trial, model)
+    search = _Search(trial)
     good = search.holding(coupling.groups)
     failed = [group for group in coupling.groups if group.name in search.reasons]
     good += search.holding_together(failed)
@@ -66,14 +68,12 @@ class _Search:
 
     Args:
         trial: tells whether a set of groups can be removed.
-        model: whose modules hold the numbers.
     """
 
-    def __init__(self, trial: Trial, model: nn.Module) -> None:
+    def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.reasons: dict[str, str] = {}  # of the groups that fail
-        self._kinds = {name: type(module) for name, module in model.named_modules()}
-        self._learned: set[tuple[type, str]] = set()  # numbers that had to follow before
+        self._learned: set[str] = set()  # kinds of numbers that had to follow before
 
     def holding(self, groups: Sequence[Group]) -> list[Group]:
         """The groups that can be removed, in the same order; the others are in `reasons`."""
@@ -123,27 +123,31 @@ class _Search:
 
     def _holding_somehow(self, group: Group, reason: str) -> list[Group]:
         """The group with the first set of its candidates with which it can be removed."""
-        for fits in _variants(group.candidates):
-            variant = replace(group, fits=fits)
+        by_kind: dict[str, list[Fit]] = {}
+        for fit in group.candidates:
+            by_kind.setdefault(_kind(fit), []).append(fit)
+        for kinds in _variants([*by_kind]):
+            variant = replace(group, fits=tuple(fit for kind in kinds for fit in by_kind[kind]))
             if not self.trial.failure([variant]):
-                self._learned |= {(self._kinds[fit.module], fit.attribute) for fit in fits}
+                self._learned.update(kinds)
                 return [variant]
         self.reasons[group.name] = reason
         return []
 
     def _as_learned(self, group: Group) -> Group:
-        fits = tuple(
-            fit
-            for fit in group.candidates
-            if (self._kinds[fit.module], fit.attribute) in self._learned
-        )
+        fits = tuple(fit for fit in group.candidates if _kind(fit) in self._learned)
         return replace(group, fits=fits) if fits else group
 
 
-def _variants(candidates: tuple[Fit, ...]) -> Iterator[tuple[Fit, ...]]:
+def _kind(fit: Fit) -> str:
+    """The number's place without the numbers of the blocks around it."""
+    return re.sub(r"\d+", "#", f"{fit.module}.{fit.attribute}")
+
+
+def _variants(kinds: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """All of them, all but one, one alone; no more than a dozen."""
-    sizes = dict.fromkeys((len(candidates), len(candidates) - 1, 1))
-    found = (chosen for size in sizes if size > 0 for chosen in combinations(candidates, size))
+    sizes = dict.fromkeys((len(kinds), len(kinds) - 1, 1))
+    found = (chosen for size in sizes if size > 0 for chosen in combinations(kinds, size))
     return islice(found, 12)
 
 
@@ -188,7 +192,7 @@ class Trial:
         generator = torch.Generator().manual_seed(0)
         # not the same share of each: sizes that the code takes from other groups would still fit
         shares = [(4, 3, 5, 6)[i % 4] for i in range(len(groups))]  # eighths
-        sizes = [max(1, g.channels * n // 8) for g, n in zip(groups, shares, strict=True)]
+        sizes = [_odd(g.channels, n / 8) for g, n in zip(groups, shares, strict=True)]
         some = [torch.randperm(g.channels, generator=generator) for g in groups]
         orders_to_try = [some]
         if any(g.doubtful or g.channels < MANY for g in groups):  # a random half may fit by chance
@@ -255,6 +259,19 @@ class Trial:
                 data = tensors[member.tensor].data
                 tensors[member.tensor].data = data.index_select(member.dim, source.to(data.device))
         return tensors_of(probe(*self.inputs))
+
+
+def _odd(channels: int, share: float) -> int:
+    """The nearest prime to a share that does not divide the whole; 1 if there is none.
+
+    A view whose sizes are constants may hold a divisor by chance.
+
+    >>> _odd(64, 0.375), _odd(4, 0.5), _odd(2, 0.5)
+    (23, 3, 1)
+    """
+    primes = (n for n in range(2, channels) if all(n % k for k in range(2, isqrt(n) + 1)))
+    fit = [n for n in primes if channels % n]
+    return min(fit, key=lambda n: abs(n - channels * share), default=1)
 
 
 def _lively(x: Tensor) -> Tensor:

@@ -134,3 +134,24 @@ def test_a_parameter_that_is_handed_to_a_layer_is_no_obstacle():
     assert macs(model, (torch.zeros(2, 4),)) == 2 * 2 * 16
     assert CostModel.of(model, (torch.zeros(2, 4),)).measured_macs == 2 * 2 * 16
     assert model.token.requires_grad
+
+
+class Products(nn.Module):
+    """Weights that are multiplied without a layer, as GPT-2's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 5))
+        self.c, self.d = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(3, 7))
+
+    def forward(self, x):
+        y = torch.addmm(self.c, (x @ self.a).view(-1, 6), self.b)
+        return self.d @ y
+
+
+def test_weights_of_plain_products_cost_their_rows():
+    cost = CostModel.of(Products(), (torch.zeros(7, 4),))
+    assert cost.macs_per_weight == {"a": 7, "b": 7, "d": 5}
+    assert cost.measured_macs == 7 * 24 + 7 * 30 + 5 * 21
+    assert cost.fixed_macs == 0
+    assert cost.predict({"a": {1: 2}, "b": {0: 2}})[0] == 7 * 16 + 7 * 20 + 5 * 21
