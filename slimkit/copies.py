@@ -65,7 +65,7 @@ def _copied(module: M, memo: dict[int, Any]) -> M:
     for part in module.modules():
         twin = memo.get(id(part))
         if twin is not None:
-            for name, value in vars(part).items():
+            for name, value in part.__getstate__().items():
                 if not _is_plain(value):
                     vars(twin)[name] = copy.deepcopy(value, memo)
                 else:

@@ -1,10 +1,11 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode, or running without compiling, for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -18,3 +19,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+@contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """Inside, what torch.compile made of `model` or its parts runs as it was written."""
+    if all(getattr(m, "_compiled_call_impl", None) is None for m in model.modules()) and not any(
+        type(m).__name__ == "OptimizedModule" for m in model.modules()
+    ):
+        yield  # torch.compile takes seconds to import
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

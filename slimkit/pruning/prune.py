@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slimkit.batches import as_inputs, finite, inputs_of
 from slimkit.copies import copied
 from slimkit.errors import PruningError, in_one_line
+from slimkit.evaluating import eagerly
 from slimkit.interfaces import Backend, Criterion
 from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import counted, macs, parameters, size_mb
@@ -284,36 +285,43 @@ def prune(
     inputs = as_inputs(example_inputs)
     multiple = channel_multiple([backend] if isinstance(backend, str) else backend)
     chosen = discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
+    if "gradient" in chosen.needs and data is None:
+        raise PruningError(
+            f"criterion {criterion!r} needs gradients: pass data= (--data on the command line) "
+            "with batches of inputs and labels, or choose a criterion without data such as 'l1'"
+        )
     if isinstance(data, Iterator):  # it can be read once, but is needed twice
         data = list(islice(data, max(data_batches, batchnorm_batches)))
-    small = copied(model)
-    coupling = analyse(small, inputs, protect, engine, attention)
-    selector = Selector(
-        small,
-        coupling,
-        inputs,
-        round_to=round_to,
-        min_channels=min_channels,
-        ranking=ranking,
-        max_ratio=max_ratio,
-        ratios=ratios,
-        multiple=multiple,
-        protect_first=protect_first,
-    )
-    if "gradient" in chosen.needs:
-        if data is None:
-            raise PruningError(
-                f"criterion {criterion!r} needs gradients: pass data= (--data on the command line) "
-                "with batches of inputs and labels, or choose a criterion without data such as 'l1'"
-            )
-        scores = scores_over_batches(
-            small, coupling, chosen, data, loss or cross_entropy, data_batches
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PruningError(
+            f"{type(model).__name__} is TorchScript, whose code and sizes are fixed; prune the "
+            "module that it was made from"
         )
-    else:
-        scores = group_scores(small, coupling, chosen)
-    cut_to_target_(small, selector, scores, aim, inputs)
-    if data is not None:
-        reestimate_(small, data, batchnorm_batches)
+    small = copied(model)
+    with eagerly(small):
+        coupling = analyse(small, inputs, protect, engine, attention)
+        selector = Selector(
+            small,
+            coupling,
+            inputs,
+            round_to=round_to,
+            min_channels=min_channels,
+            ranking=ranking,
+            max_ratio=max_ratio,
+            ratios=ratios,
+            multiple=multiple,
+            protect_first=protect_first,
+        )
+        if "gradient" in chosen.needs:
+            assert data is not None
+            scores = scores_over_batches(
+                small, coupling, chosen, data, loss or cross_entropy, data_batches
+            )
+        else:
+            scores = group_scores(small, coupling, chosen)
+        cut_to_target_(small, selector, scores, aim, inputs)
+        if data is not None:
+            reestimate_(small, data, batchnorm_batches)
     return small
 
 

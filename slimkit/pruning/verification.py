@@ -177,6 +177,7 @@ class Trial:
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> None:
         self.model = copied(model, share=True)
         self.inputs = tuple(map_tensors(_lively, x) for x in inputs)
+        self._compute_in_float32()
         generator = torch.Generator().manual_seed(3)
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             if _is_flat(tensor):
@@ -208,6 +209,15 @@ class Trial:
             if reason:
                 return reason
         return self._failure_in_training(kept)
+
+    def _compute_in_float32(self) -> None:
+        """Leave half precision, whose rounding errors hide right from wrong, where that runs."""
+        if not any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters()):
+            return
+        exact = self._copy().eval().float()
+        inputs = tuple(map_tensors(_exact, x) for x in self.inputs)
+        if not self._crash(copied(exact, share=True), inputs):
+            self.model, self.inputs = exact, inputs
 
     def _copy(self) -> nn.Module:
         return copied(self.model, share=True)
@@ -280,6 +290,10 @@ def _lively(x: Tensor) -> Tensor:
         return x
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     return noise.to(x.device, x.dtype)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _is_flat(tensor: Tensor) -> bool:

@@ -587,3 +587,30 @@ def test_a_linear_layer_over_features_is_no_exception():
     layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
     small = prune(nn.Sequential(*layers, nn.Linear(8, 2)), torch.zeros(1, 4), target={"ratio": 0.5})
     assert small[0].out_features == 4
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model_is_pruned_without_compiling(whole):
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = stacked()
+    if whole:
+        model = torch.compile(model, backend=backend)
+    else:
+        model[1].compile(backend=backend)
+    small = prune(model, IMAGE, target={"flops": 0.5})
+    assert compiled == []
+    before, after = small.slimkit_pruning.macs
+    assert 0.4 < after / before <= 0.5
+    assert small(IMAGE).shape == (2, 2, 4, 4)
+    assert bool(compiled) is whole  # a copy of a layer that was compiled by itself is not
+
+
+def test_torchscript_is_refused():
+    scripted = torch.jit.script(stacked())
+    with pytest.raises(PruningError, match="is TorchScript, whose code and sizes are fixed"):
+        prune(scripted, IMAGE, target={"flops": 0.5})

@@ -68,6 +68,24 @@ def test_right_groups_pass_in_other_precisions(dtype):
     assert names(checked(model, *inputs)) == ["stem", "down"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_errors_of_a_deep_network_are_no_reason(dtype):
+    torch.manual_seed(0)
+    layers = [layer for _ in range(24) for layer in (nn.Linear(64, 64), nn.GELU())]
+    model = nn.Sequential(*layers, nn.Linear(64, 2)).to(dtype).eval()
+    assert len(checked(model, torch.randn(2, 64).to(dtype)).groups) == 24
+    assert model[0].weight.dtype == dtype
+
+
+def test_a_network_that_only_runs_in_half_precision_is_verified_in_it():
+    def flow(net, x):
+        return net.c(net.b(functional.linear(net.a(x), torch.eye(4, dtype=torch.bfloat16))))
+
+    layers = {"a": nn.Linear(8, 4), "b": nn.Linear(4, 6), "c": nn.Linear(6, 2)}
+    model = Net(flow, **layers).to(torch.bfloat16).eval()
+    assert names(checked(model, X.to(torch.bfloat16))) == ["b"]
+
+
 @pytest.mark.parametrize("x", [X, torch.zeros(2, 8), torch.ones(2, 8)], ids=["noise", "0", "1"])
 def test_channels_read_in_another_order_than_analysed_are_frozen(x):
     coupling = misread(flipped(), x)
