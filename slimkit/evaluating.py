@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,5 +30,6 @@ def eagerly(model: nn.Module) -> Iterator[None]:
     ):
         yield  # torch.compile takes seconds to import
         return
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using `torch.compile")  # beside slimkit's hooks
         yield
