@@ -43,7 +43,9 @@ format: $(TEST)/.ready  ## rewrite the code in the house's style
 
 bench: $(TEST)/.ready  ## all of benchmarks/, an hour; SLIMKIT_DATA names the data folder
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/run.py --output runs/zoo
-	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/versus.py
+	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/run.py --tool torch-pruning --output runs/zoo-peer
+	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/versus.py --output runs/versus.md
+	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/rounding.py --output runs/rounding.md
 	$(TEST)/bin/slimkit run benchmarks/cifar10/recipe.yaml --output runs/cifar10
 
 clean:  ## remove environments and caches, keep runs/

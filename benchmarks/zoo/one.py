@@ -85,21 +85,46 @@ def with_slimkit(model: nn.Module, x: Tensor, target: float) -> tuple[nn.Module,
 def with_torch_pruning(
     model: nn.Module, x: Tensor, target: float
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Torch-Pruning's own pruner with its defaults; the last linear layer is left alone."""
-    import torch_pruning as tp
-
+    """Torch-Pruning's own pruner with its defaults, one step to half of each layer's channels."""
     del target
     model = copy.deepcopy(model)
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    pruner = tp.pruner.BasePruner(
-        model,
-        x,
-        importance=tp.importance.GroupMagnitudeImportance(),
-        pruning_ratio=0.5,
-        ignored_layers=linear[-1:],
-    )
-    pruner.step()
+    _pruner(model, x, pruning_ratio=0.5, iterative_steps=1).step()
     return model, {}
+
+
+def with_torch_pruning_to_target(
+    model: nn.Module, x: Tensor, target: float
+) -> tuple[nn.Module, dict[str, Any]]:
+    """As its examples reach a target: in steps, counting after each, until enough is gone."""
+    from torch_pruning.utils import count_ops_and_params
+
+    model = copy.deepcopy(model)
+    steps = 20  # of 2.5 % of the channels each, so that the target is met within about 4 points
+    pruner = _pruner(model, x, pruning_ratio=0.5, iterative_steps=steps)
+    dense, _ = count_ops_and_params(model, x)
+    for _ in range(steps):
+        pruner.step()
+        if count_ops_and_params(model, x)[0] <= target * dense:
+            break
+    return model, {}
+
+
+def _pruner(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    """The last linear layer is left alone; all else is Torch-Pruning's default."""
+    import torch_pruning as tp
+
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    importance = tp.importance.GroupMagnitudeImportance()
+    return tp.pruner.BasePruner(
+        model, x, importance=importance, ignored_layers=linear[-1:], **options
+    )
+
+
+TOOLS = {
+    "slimkit": with_slimkit,
+    "torch-pruning": with_torch_pruning,
+    "torch-pruning-to-target": with_torch_pruning_to_target,
+}
 
 
 def silenced(model: nn.Module, kept: dict[str, dict[int, list[int]]], x: Tensor) -> list[Tensor]:
@@ -165,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", choices=["torchvision", "timm"])
     parser.add_argument("name")
-    parser.add_argument("--tool", choices=["slimkit", "torch-pruning"], default="slimkit")
+    parser.add_argument("--tool", choices=TOOLS, default="slimkit")
     parser.add_argument("--target", type=float, default=0.5, help="fraction of the MACs to keep")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
@@ -174,7 +199,7 @@ def main() -> None:
     dense = macs(model, x)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row: dict[str, Any] = {"library": given.library, "name": given.name, "tool": given.tool}
-    prune = with_slimkit if given.tool == "slimkit" else with_torch_pruning
+    prune = TOOLS[given.tool]
     begin = time.perf_counter()
     try:
         small, more = prune(model, x, given.target)

@@ -21,6 +21,7 @@ from typing import Any
 from rich.progress import track
 
 HERE = Path(__file__).parent
+TOOLS = ("slimkit", "torch-pruning", "torch-pruning-to-target")
 TOLERANCE = 1e-3  # relative to the largest output, float32
 
 
@@ -94,7 +95,7 @@ def table(rows: list[dict[str, Any]], target: float) -> str:
 def main() -> None:
     """Run what is not yet in the results, then write results.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tool", choices=["slimkit", "torch-pruning"], default="slimkit")
+    parser.add_argument("--tool", choices=TOOLS, default="slimkit")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--only", default="", help="names, separated by commas")
     parser.add_argument("--target", type=float, default=0.5)

@@ -1,41 +1,61 @@
 """Plans and cuts with slimkit and with Torch-Pruning in turn: success, seconds, peak memory.
 
-python benchmarks/zoo/versus.py --repeat 3
+python benchmarks/zoo/versus.py --repeat 3 --output benchmarks/zoo/versus.md
 
-Each run is a process of its own; the medians are compared. Both cut in half: slimkit the
-multiply-accumulates, Torch-Pruning (which has no such target without a search of its own) the
-channels of every layer.
+Each run is a process of its own; the medians are compared. slimkit cuts to half of the
+multiply-accumulates, verifies every group and measures the result. Torch-Pruning runs twice: one
+step to half of each layer's channels, without a target and unverified; and, as its examples do, in
+steps until half of the multiply-accumulates are gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import statistics
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rich.progress import track
-from run import architectures, one, verdict
+from run import TOOLS, architectures, one, verdict
 
 NAMES = "resnet50,mobilenet_v2,densenet121,cspdarknet53,swin_t,vit_b_16"
-TOOLS = ("slimkit", "torch-pruning")
+HEADS = """| architecture | slimkit | s | MiB | Torch-Pruning, one step | s | MiB | ratio |\
+ Torch-Pruning, to the target | s | MiB | ratio |
+| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"""
 
 
-def cells(rows: list[dict[str, Any]]) -> tuple[str, float | None]:
+def cells(rows: list[dict[str, Any]]) -> tuple[list[str], float | None]:
     """Verdict, median seconds and peak memory as table cells, and the seconds alone."""
     said = verdict(rows[-1], 0.5)
     if said == "failed":
-        return f"{rows[-1]['failure'][:60]} | | |", None
+        return [rows[-1]["failure"][:60].replace("|", "/"), "", ""], None
     seconds = statistics.median(row["seconds"] for row in rows)
     peak = statistics.median(row["peak_mib"] for row in rows)
-    return f"{said}, {rows[-1]['macs']:.2f} of the MACs | {seconds:.2f} | {peak:.0f} |", seconds
+    left = f"{said}, {rows[-1]['macs']:.2f} of the MACs"
+    return [left, f"{seconds:.2f}", f"{peak:.0f}"], seconds
+
+
+def line(name: str, found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    """One architecture as a row of the table."""
+    ours, our_seconds = cells(found[name, TOOLS[0]])
+    row = [name, *ours]
+    for tool in TOOLS[1:]:
+        theirs, seconds = cells(found[name, tool])
+        both = our_seconds is not None and seconds is not None
+        row += [*theirs, f"{our_seconds / seconds:.2f}" if both else ""]
+    return f"| {' | '.join(row)} |"
 
 
 def main() -> None:
-    """Run both tools in turn and print a Markdown table."""
+    """Run all tools in turn, print a Markdown table and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=NAMES, help="names, separated by commas")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one process")
+    parser.add_argument("--output", type=Path, help="Markdown file for the table")
     given = parser.parse_args()
     wanted = [a for a in architectures() if a[1] in given.only.split(",")]
     runs = [(a, tool) for a in wanted for _ in range(given.repeat) for tool in TOOLS]
@@ -44,14 +64,13 @@ def main() -> None:
         earlier = found.setdefault((name, tool), [])
         if not earlier or "failure" not in earlier[-1]:
             earlier.append(one(library, name, tool, 0.5, given.limit))
-    print("| architecture | slimkit | s | MiB | Torch-Pruning | s | MiB | time ratio |")
-    print("| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |")
-    for _, name in wanted:
-        ours, our_seconds = cells(found[name, "slimkit"])
-        theirs, their_seconds = cells(found[name, "torch-pruning"])
-        both = our_seconds is not None and their_seconds is not None
-        ratio = f"{our_seconds / their_seconds:.2f}" if both else ""
-        print(f"| {name} | {ours} {theirs} {ratio} |")
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "torch-pruning"))
+    where = f"{platform.machine()}, {os.cpu_count()} cores, {packages}"
+    lines = [HEADS, *(line(name, found) for _, name in wanted)]
+    table = "\n".join([*lines, "", f"Medians of {given.repeat} processes ({where}).", ""])
+    print(table)
+    if given.output is not None:
+        given.output.write_text(table)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,19 @@ class Choice:
     carried: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Order:
+    """A group's channels, the most important first, and how many live."""
+
+    channels: Tensor
+    living: int
+
+    @classmethod
+    def of(cls, scores: Tensor) -> _Order:
+        order = torch.argsort(scores, descending=True, stable=True)
+        return cls(order, max(1, int((scores >= 0).sum())))
+
+
 class Selector:
     """Chooses channels of one model; measures it once and can then be asked many times.
 
@@ -133,10 +146,7 @@ class Selector:
                 the way.
         """
         carried = carried or {}
-        orders = {
-            g.name: torch.argsort(scores[g.name], descending=True, stable=True)
-            for g in self.coupling.groups
-        }
+        orders = {g.name: _Order.of(scores[g.name]) for g in self.coupling.groups}
         sizes = {g.name: self._size_before_ranking(g, progress) for g in self.coupling.groups}
         if target is not None:
             aim = target if progress == 1 else target.milder(progress, self._dense(target))
@@ -201,7 +211,7 @@ class Selector:
         self,
         free: Sequence[Group],
         scores: Mapping[str, Tensor],
-        orders: Mapping[str, Tensor],
+        orders: Mapping[str, _Order],
         aim: Target,
         sizes: Mapping[str, int],
     ) -> dict[str, int]:
@@ -237,9 +247,8 @@ class Selector:
         # a group that lost a whole multiple may have taken more than was asked: give some back
         last = {name: place for place, (_, name) in enumerate(order[: ends[first]])}
         for group in sorted(free, key=lambda g: last.get(g.name, -1), reverse=True):
-            living = int((scores[group.name] >= 0).sum())
-            while found[group.name] < living:
-                more = min(living, self.limits.rounded(group, found[group.name] + 1))
+            while found[group.name] < orders[group.name].living:
+                more = self.limits.rounded(group, found[group.name] + 1)
                 kept = self._kept(orders, {**sizes, **found, group.name: more})
                 if self._cost(aim.measure, kept) > limit:
                     break
@@ -249,7 +258,7 @@ class Selector:
     def _suffices(
         self,
         free: Sequence[Group],
-        orders: Mapping[str, Tensor],
+        orders: Mapping[str, _Order],
         aim: Target,
         sizes: Mapping[str, int],
     ) -> bool:
@@ -282,8 +291,11 @@ class Selector:
             g.name: self.limits.rounded(g, g.channels - count[g.name], asked=asked) for g in free
         }
 
-    def _kept(self, orders: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        return {g.name: best(g, orders[g.name], sizes[g.name]) for g in self.coupling.groups}
+    def _kept(self, orders: Mapping[str, _Order], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        return {
+            g.name: best(g, orders[g.name].channels, min(sizes[g.name], orders[g.name].living))
+            for g in self.coupling.groups
+        }
 
     def _cost(self, measure: str, kept: Mapping[str, Tensor]) -> float:
         """The prediction for ``flops``, ``params`` or ``size_mb``."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import PRUNABLE, Net, conv, lived_in, make, pooled
 from random_nets import random_net, zeroed_where_made
@@ -852,9 +852,26 @@ def test_both_engines_find_the_same_channels(name):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), ratio=st.sampled_from([0.5, 0.7, 0.95]))
 def test_any_pruned_network_computes_what_the_original_does_without_the_channels(seed, ratio):
+    assert_right(seed, ratio)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=2000, deadline=None)
+@given(seed=st.integers(0, 10**9), ratio=st.sampled_from([0.5, 0.7, 0.95]))
+def test_thousands_of_pruned_networks_compute_the_same(seed, ratio):
+    assert_right(seed, ratio)
+
+
+def assert_right(seed, ratio):
+    """Prune a random network; compare it with one that is zeroed by hand, and train it a step."""
     model = random_net(seed)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    small = prune(model, IMAGE, "random", target={"ratio": ratio})
+    try:
+        small = prune(model, IMAGE, "random", target={"ratio": ratio})
+    except PruningError as error:  # of few channels that all depend on each other
+        assume("nothing was pruned: no channel may go" not in str(error))
+        raise
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     expected = zeroed_where_made(model, IMAGE, small.slimkit_pruning.kept)
     atol = 1e-4 * expected.abs().max().item()
