@@ -47,6 +47,11 @@ def test_the_plan_lists_groups_and_reasons_and_writes_nothing(prune, tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+def test_the_same_command_without_plan_cuts_what_the_plan_says(prune):
+    plan, done = (json.loads(prune(*NET, "--json", *more).stdout) for more in (("--plan",), ()))
+    assert plan == {name: value for name, value in done.items() if name != "directory"}
+
+
 def test_the_plan_as_json(prune):
     plan = json.loads(prune(*NET, "--plan", "--json", "--protect", "stage1.0.conv?").stdout)
     assert plan["left_whole"]["stage1.0.conv1"] == "protected by 'stage1.0.conv?'"

@@ -154,6 +154,7 @@ def prune(
     import json
     import warnings
 
+    import torch
     from torch import nn
 
     import slimkit
@@ -164,6 +165,7 @@ def prune(
     folder = output or Path("runs") / model.rpartition(":")[2]
     if not plan:
         check_target(folder)
+    torch.manual_seed(0)  # a model without weights is the same after --plan
     dense = build({"target": model}, "model", nn.Module).eval()
     if weights is not None:
         load_weights(dense, weights)
