@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -223,3 +224,14 @@ def lived_in(model: nn.Module) -> nn.Module:
             elif name.endswith(("bias", "running_mean")):
                 tensor.data.normal_(0.0, 0.3)
     return model
+
+
+def zeroed(model: nn.Module, kept: dict[str, dict[int, list[int]]]) -> nn.Module:
+    """A copy with everything set to zero by hand that is not kept."""
+    twin = copy.deepcopy(model)
+    state = twin.state_dict(keep_vars=True)
+    for name, dims in kept.items():
+        for dim, positions in dims.items():
+            gone = [i for i in range(state[name].shape[dim]) if i not in set(positions)]
+            state[name].data.index_fill_(dim, torch.tensor(gone), 0.0)
+    return twin

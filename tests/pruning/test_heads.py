@@ -1,10 +1,8 @@
 """Heads of attention, their dimensions, and the numbers in the user's code that hold them."""
 
-import copy
-
 import pytest
 import torch
-from models import Net, lived_in
+from models import Net, lived_in, zeroed
 from torch import nn
 from torch.nn import functional
 
@@ -72,17 +70,6 @@ def block(flow, **options):
         head=nn.Linear(12, 3),
     )
     return lived_in(model).eval()
-
-
-def zeroed(model, kept):
-    """The model with everything set to zero by hand that is not kept."""
-    twin = copy.deepcopy(model)
-    state = twin.state_dict(keep_vars=True)
-    for name, dims in kept.items():
-        for dim, positions in dims.items():
-            gone = [i for i in range(state[name].shape[dim]) if i not in set(positions)]
-            state[name].data.index_fill_(dim, torch.tensor(gone), 0.0)
-    return twin
 
 
 @pytest.mark.parametrize("by_hand", [False, True], ids=["fused product", "by hand"])

@@ -1,10 +1,8 @@
 """Recurrent layers lose hidden units in all gates, layers and directions at once."""
 
-import copy
-
 import pytest
 import torch
-from models import Net, lived_in
+from models import Net, lived_in, zeroed
 from torch import nn
 
 import slimkit
@@ -39,16 +37,6 @@ def steps(kind):
 
     layers = {"stem": nn.Linear(6, 10), "layer": kind(10, 8), "head": nn.Linear(8, 3)}
     return lived_in(Net(flow, **layers)).eval()
-
-
-def zeroed(model, kept):
-    twin = copy.deepcopy(model)
-    state = twin.state_dict(keep_vars=True)
-    for name, dims in kept.items():
-        for dim, positions in dims.items():
-            gone = [i for i in range(state[name].shape[dim]) if i not in set(positions)]
-            state[name].data.index_fill_(dim, torch.tensor(gone), 0.0)
-    return twin
 
 
 MODELS = {
