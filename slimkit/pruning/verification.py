@@ -8,6 +8,7 @@ consistently in all coupled tensors leaves the output unchanged.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, islice
@@ -56,7 +57,7 @@ def verified(model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...]) -> C
     for name in search.reasons:
         if name in order:
             frozen[name] = search.reasons[name]
-    reason = trial.failure(good) if good and len(good) < len(coupling.groups) else ""
+    reason = trial.failure(good) if good and good != list(coupling.groups) else ""
     while reason and good:  # single groups hold but not all together: drop from the end
         frozen[good.pop().name] = f"together with other groups, {reason}"
         reason = trial.failure(good) if good else ""
@@ -74,13 +75,14 @@ class _Search:
         self.trial = trial
         self.reasons: dict[str, str] = {}  # of the groups that fail
         self._learned: set[str] = set()  # kinds of numbers that had to follow before
+        self._hopeless: set[tuple[str, ...]] = set()  # kinds of groups that none of them helped
 
     def holding(self, groups: Sequence[Group]) -> list[Group]:
         """The groups that can be removed, in the same order; the others are in `reasons`."""
         reason = self.trial.failure(groups)
         if not reason:
             return list(groups)
-        alike = [self._as_learned(group) for group in groups]
+        alike = self._as_learned(groups)
         if alike != list(groups) and not self.trial.failure(alike):
             return alike
         if len(groups) == 1:
@@ -126,17 +128,29 @@ class _Search:
         by_kind: dict[str, list[Fit]] = {}
         for fit in group.candidates:
             by_kind.setdefault(_kind(fit), []).append(fit)
-        for kinds in _variants([*by_kind]):
+        alike = re.sub(r"\d+", "#", group.name), str(len(group.members)), *by_kind
+        for kinds in () if alike in self._hopeless else _variants([*by_kind]):
             variant = replace(group, fits=tuple(fit for kind in kinds for fit in by_kind[kind]))
             if not self.trial.failure([variant]):
                 self._learned.update(kinds)
                 return [variant]
+        self._hopeless.add(alike)
         self.reasons[group.name] = reason
         return []
 
-    def _as_learned(self, group: Group) -> Group:
-        fits = tuple(fit for fit in group.candidates if _kind(fit) in self._learned)
-        return replace(group, fits=fits) if fits else group
+    def _as_learned(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with the numbers that had to follow before, each number with one group."""
+        taken: set[tuple[str, str]] = set()
+        alike = []
+        for group in groups:
+            fits = tuple(
+                fit
+                for fit in group.candidates
+                if _kind(fit) in self._learned and (fit.module, fit.attribute) not in taken
+            )
+            taken.update((fit.module, fit.attribute) for fit in fits)
+            alike.append(replace(group, fits=fits) if fits else group)
+        return alike
 
 
 def _kind(fit: Fit) -> str:
@@ -190,6 +204,10 @@ class Trial:
     @torch.no_grad()
     def failure(self, groups: Sequence[Group]) -> str:
         """Why removing about half of each group is wrong; empty if it is right."""
+        numbers = Counter((fit.module, fit.attribute) for group in groups for fit in group.fits)
+        for (module, attribute), count in numbers.items():
+            if count > 1:
+                return f"{count} groups would set {f'{module}.{attribute}'.lstrip('.')}"
         generator = torch.Generator().manual_seed(0)
         # not the same share of each: sizes that the code takes from other groups would still fit
         shares = [(4, 3, 5, 6)[i % 4] for i in range(len(groups))]  # eighths

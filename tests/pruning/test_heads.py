@@ -129,6 +129,35 @@ def test_a_number_that_only_happens_to_be_equal_stays():
     assert (small.attn.num_heads, small.attn.tokens) == (2, 4)
 
 
+def test_values_that_need_no_number_do_not_set_that_of_the_queries():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Half(), Half()
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.dim = 2, 6
+            self.qk, self.v, self.out = nn.Linear(12, 24), nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x):
+            n, t, _ = x.shape
+            q, k = self.qk(x).reshape(n, t, 2, self.heads, self.dim).permute(2, 0, 3, 1, 4)
+            v = self.v(x).reshape(n, t, self.heads, -1).transpose(1, 2)
+            y = functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    model = nn.Sequential(Two(), nn.Linear(12, 3)).eval()
+    small = prune(model, ROWS, ratios={"*.qk": 0.5, "*.v": 0.8})
+    assert [(half.dim, half.v.out_features) for half in small[0].children()] == [(3, 4), (3, 4)]
+    expected = zeroed(model, small.slimkit_pruning.kept)(ROWS)
+    torch.testing.assert_close(small(ROWS), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_heads_that_the_code_takes_from_elsewhere_stay_with_the_reason():
     def flow(net, x):
         n, t, c = x.shape
