@@ -67,6 +67,11 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
     )
 
 
+def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs in lists, dicts and memory of their own."""
+    return tuple(map_tensors(lambda t: t.detach().clone(), x) for x in inputs)
+
+
 def first_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same inputs with a batch of one, as a device sees them."""
     return tuple(map_tensors(lambda t: t[:1].clone() if t.dim() else t, x) for x in inputs)

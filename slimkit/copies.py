@@ -67,6 +67,8 @@ def _copied(module: M, memo: dict[int, Any]) -> M:
         for name, value in part.__getstate__().items():
             if not _is_plain(value):
                 vars(twin)[name] = copy.deepcopy(value, memo)
+            elif isinstance(value, dict):  # which several modules may share
+                vars(twin)[name] = memo.setdefault(id(value), type(value)())
             else:
-                vars(twin)[name] = type(value)() if isinstance(value, dict) else value
+                vars(twin)[name] = value
     return copy.deepcopy(module, memo)

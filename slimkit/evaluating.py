@@ -1,4 +1,4 @@
-"""Evaluation mode, or running without compiling, for a while."""
+"""Evaluation mode, running without compiling, or not running at all, for a while."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from slimkit.errors import SlimkitError
 
 
 @contextmanager
@@ -33,3 +36,27 @@ def eagerly(model: nn.Module) -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using `torch.compile")  # beside slimkit's hooks
         yield
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Inside, no module of `model` may run: slimkit works on copies.
+
+    Raises:
+        SlimkitError: one does, since a copy's forward reaches it.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def refuse(module: nn.Module, _args: object) -> None:
+        if id(module) in names:
+            name = names[id(module)] or type(model).__name__
+            raise SlimkitError(
+                f"a copy of {type(model).__name__} runs the original's {name}: a lambda, a hook or "
+                "another closure holds it. Let the forward take it from self"
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -193,6 +193,21 @@ class Backend(ABC):
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """All tensors in a nested output of tuples, lists and dicts, in order."""
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    """All tensors in a nested output, in order: tuples, lists, dicts, sets, and plain objects."""
+    return [*_tensors_in(value, set())]
+
+
+def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type):
+            seen.add(id(leaf))
+            inside = leaf if isinstance(leaf, set | frozenset) else _held_by(leaf)
+            for part in inside:
+                yield from _tensors_in(part, seen)
+
+
+def _held_by(value: object) -> list[object]:
+    """What a plain object holds (a dataclass of tensors, say)."""
+    return [*getattr(value, "__dict__", {}).values()]

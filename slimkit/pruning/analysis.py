@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimkit.batches import doubled
+from slimkit.batches import doubled, fresh
 from slimkit.copies import copied
 from slimkit.errors import PruningError, in_one_line
 from slimkit.pruning import rules_layers, rules_moves, rules_recurrent, rules_values
@@ -20,7 +20,7 @@ from slimkit.pruning.exporting import exported
 from slimkit.pruning.heads import views_of_heads
 from slimkit.pruning.identities import FIXED, Identities, Ids
 from slimkit.pruning.propagation import Doubt, Place, Propagation, tensors_of_value
-from slimkit.pruning.recording import recorded
+from slimkit.pruning.recording import NoOutputError, recorded
 from slimkit.pruning.removal import tensors_by_name
 from slimkit.pruning.written import Written
 
@@ -81,7 +81,7 @@ def _written(
             return write(model, example_inputs), write
         except Exception as error:
             errors.append(error)
-            if not _runs(model, example_inputs):  # then no other writer can help
+            if isinstance(error, NoOutputError) or not _runs(model, example_inputs):
                 break
     raise PruningError(
         f"{type(model).__name__} cannot be traced for pruning: {in_one_line(errors[0])} - check "
@@ -93,7 +93,7 @@ def _written(
 @torch.no_grad()
 def _runs(model: nn.Module, example_inputs: tuple[Any, ...]) -> bool:
     try:
-        model(*example_inputs)
+        model(*fresh(example_inputs))
     except Exception:
         return False
     return True
@@ -176,10 +176,15 @@ def _grouped(
     for doubt in walk.doubts:
         for key in np.unique(group_of[labels[doubt.ids]]).tolist():
             doubts.setdefault(key, []).append(doubt)
+    normed = {
+        key for ids in walk.normed for key in np.unique(group_of[labels[ids[ids > FIXED]]]).tolist()
+    }
     rescaled: dict[int, list[Rescaled]] = {}
     for ids, rows in walk.queries:
         for key in np.unique(group_of[labels[ids]]).tolist():
-            rescaled.setdefault(key, []).extend(_rescaled(walk, ids, rows, members.get(key, [])))
+            for part in _rescaled(walk, ids, rows, members.get(key, [])):
+                if not any(part.overlaps(other) for other in rescaled.get(key, [])):
+                    rescaled.setdefault(key, []).append(part)
     groups = [
         Group(
             name,
@@ -188,6 +193,7 @@ def _grouped(
             doubtful=key in doubts,
             candidates=_candidates(doubts.get(key, []), modules, sizes[key]),
             rescaled=tuple(rescaled.get(key, [])),
+            normed=key in normed,
             first=_is_first(walk, members[key], tensors),
         )
         for key, name in names.items()

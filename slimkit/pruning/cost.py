@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimkit.batches import fresh
 from slimkit.calls import WEIGHTED, CallMode
 from slimkit.copies import copied
 from slimkit.pruning.counting import Removed
@@ -32,7 +33,7 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
 def counted(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
     """`macs` of a model of one's own: it is left in evaluation mode, and its parameters frozen."""
     with FlopCounterMode(display=False) as counter:
-        _ready_to_count(model)(*example_inputs)
+        _ready_to_count(model)(*fresh(example_inputs))
     return int(counter.get_total_flops()) // 2
 
 
@@ -133,7 +134,7 @@ class CostModel:
         probe = _ready_to_count(copied(model, share=True))
         uses = _Uses(probe)
         with FlopCounterMode(display=False) as flops, uses:
-            probe(*example_inputs)
+            probe(*fresh(example_inputs))
         stored = {n: (tuple(t.shape), t.element_size()) for n, t in _stored(model).items()}
         return cls(uses.uses, shapes, int(flops.get_total_flops()) // 2, stored)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Role = Literal["out", "in"]
@@ -59,6 +60,11 @@ class Rescaled:
     dim: int
     positions: Tensor
 
+    def overlaps(self, other: Rescaled) -> bool:
+        """Whether another one has positions of the same tensor: attention that is called twice."""
+        same = (self.tensor, self.dim) == (other.tensor, other.dim)
+        return same and bool(torch.isin(self.positions, other.positions).any())
+
 
 @dataclass(frozen=True)
 class Group:
@@ -73,6 +79,8 @@ class Group:
         candidates: numbers in the user's modules that may have to follow the size.
         fits: those that do.
         rescaled: queries of attention that is scaled by the group's size.
+        normed: whether a channel of zeros is not an absent one: something is computed over all of
+            them (a LayerNorm, a mean), or made of a zero (a sigmoid).
         first: whether the channels are those of the first convolution over an image or a signal,
             and of nothing else.
     """
@@ -84,6 +92,7 @@ class Group:
     candidates: tuple[Fit, ...] = ()
     fits: tuple[Fit, ...] = ()
     rescaled: tuple[Rescaled, ...] = ()
+    normed: bool = False
     first: bool = False
 
     @property

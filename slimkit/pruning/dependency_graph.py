@@ -67,7 +67,7 @@ def groups_by_dependency_graph(model: nn.Module, example_inputs: tuple[Any, ...]
                 if (m.channel >= 0).all()  # all of its output, so it is in no other group
             ]
             first = min([name, *makers], key=lambda maker: order[maker])
-            groups.append(Group(first, channels, tuple(members)))
+            groups.append(Group(first, channels, tuple(members), normed=True))  # it cannot tell
     return Coupling(tuple(sorted(groups, key=lambda group: order[group.name])), frozen)
 
 

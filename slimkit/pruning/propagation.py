@@ -64,6 +64,7 @@ class Propagation:
         self.first: set[Place] = set()  # where channels are made of the model's input itself
         self.norms: dict[str, str] = {}  # weight -> the batch-norm right behind
         self.doubts: list[Doubt] = []  # channels behind a size that may be a constant
+        self.normed: list[Ids] = []  # channels that are made one number, or weighed by their sum
         self.queries: list[tuple[Ids, int]] = []  # of attention scaled by their size; their rows
         self.head_views: set[fx.Node] = set()  # those that must keep heads together
         self._module = ""  # whose forward runs

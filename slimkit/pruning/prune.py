@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimkit.batches import as_inputs, finite, inputs_of
 from slimkit.copies import copied
 from slimkit.errors import PruningError, in_one_line
-from slimkit.evaluating import eagerly
+from slimkit.evaluating import eagerly, untouched
 from slimkit.interfaces import Backend, Criterion
 from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import counted, macs, parameters, size_mb
@@ -148,7 +148,12 @@ def cut_to_target_(
     aim, found = target, None
     under, over = None, None  # (aim, reached) of the nearest tries on both sides
     for _ in range(TRIES):
-        choice = selector.choose(scores, aim)
+        try:
+            choice = selector.choose(scores, aim)
+        except PruningError:
+            if aim == target:
+                raise
+            break  # a corrected aim is nobody's target
         pairs = [(group, choice.kept[group.name]) for group in coupling.groups]
         probe = copied(model, share=True)
         remove_(probe, kept_positions(pairs), fitted(pairs))
@@ -297,8 +302,14 @@ def prune(
             f"{type(model).__name__} is TorchScript, whose code and sizes are fixed; prune the "
             "module that it was made from"
         )
-    small = copied(model)
-    with eagerly(small):
+    try:
+        small = copied(model)
+    except TypeError as error:
+        raise PruningError(
+            f"{type(model).__name__} cannot be copied: {error}. slimkit works on copies; take what "
+            "cannot be copied (a lock, an open file) out of the module's attributes"
+        ) from error
+    with eagerly(small), untouched(model):
         coupling = analyse(small, inputs, protect, engine, attention)
         selector = Selector(
             small,

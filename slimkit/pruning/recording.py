@@ -25,7 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from slimkit.batches import fresh
 from slimkit.errors import PruningError
+from slimkit.interfaces import tensors_of
 from slimkit.pruning.removal import tensors_by_name
 from slimkit.pruning.written import Written
 
@@ -37,6 +39,10 @@ class LooksAtDataError(PruningError):
     """A forward that depends on the values of its data."""
 
 
+class NoOutputError(PruningError):
+    """A forward whose result cannot be looked at."""
+
+
 def recorded(model: nn.Module, example_inputs: tuple[Any, ...]) -> Written:
     """Run `model` once and write down what it does; statistics in its buffers may move.
 
@@ -44,6 +50,7 @@ def recorded(model: nn.Module, example_inputs: tuple[Any, ...]) -> Written:
         LooksAtDataError: the forward takes a number out of a tensor that depends on its inputs.
         Exception: whatever the forward raises.
     """
+    example_inputs = fresh(example_inputs)  # the forward may write into them
     recorder = _Recorder(model, example_inputs)
     with (
         torch.no_grad(),
@@ -53,7 +60,9 @@ def recorded(model: nn.Module, example_inputs: tuple[Any, ...]) -> Written:
         recorder,
     ):
         out = model(*example_inputs)
-    outputs = [recorder.node_of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    outputs = [recorder.node_of(tensor) for tensor in tensors_of(out)]
+    if not outputs:
+        raise NoOutputError(f"the forward returns no tensor, but {type(out).__name__}")
     recorder.graph.output(tuple(outputs))
     return Written(recorder.graph, recorder.state, frozenset(recorder.constants))
 

@@ -62,10 +62,14 @@ def rescale_(model: nn.Module, kept: Iterable[tuple[Group, Tensor]]) -> None:
     Must come before the cut.
     """
     tensors = tensors_by_name(model)
+    done: set[tuple[int, int]] = set()  # tied tensors have several names
     for group, channels in kept:
         factor = (len(channels) / group.channels) ** 0.5
         for part in group.rescaled if factor < 1 else ():
             tensor = tensors[part.tensor]
+            if (id(tensor), int(part.positions[0])) in done:
+                continue
+            done.add((id(tensor), int(part.positions[0])))
             scale = torch.ones(tensor.shape[part.dim], dtype=tensor.dtype, device=tensor.device)
             scale[part.positions] = factor
             shape = [-1 if d == part.dim else 1 for d in range(tensor.dim())]

@@ -170,6 +170,7 @@ def layer_norm(walk: Propagation, node: fx.Node, name: str) -> Any:
         dims = walk.given(node, position)
         for own, theirs in zip(dims or [], x[-len(size) :], strict=bool(dims)):
             walk.ids.tie(own, theirs, "layer-norm over a fixed input")
+    walk.normed += x[-len(size) :]
     if len(size) > 1:
         walk.freeze(x[-len(size) :], "layer-norm over several dimensions")
     return list(x)
@@ -177,6 +178,7 @@ def layer_norm(walk: Propagation, node: fx.Node, name: str) -> Any:
 
 def group_norm(walk: Propagation, node: fx.Node, name: str) -> Any:
     x, groups = walk.tensor(node, 0), option(node, "num_groups")
+    walk.normed.append(x[1])
     _tie_slots(walk, x[1], groups, len(x[1]) // groups)
     for position, key in ((2, "weight"), (3, "bias")):
         dims = walk.given(node, position, key)

@@ -22,7 +22,7 @@ ELEMENTWISE = """
     gelu silu mish elu selu celu hardtanh hardswish hardsigmoid leaky_relu softplus softsign erf sin
     cos clamp clamp_min clamp_max minimum maximum where masked_fill eq ne lt le gt ge logical_and
     logical_or logical_xor logical_not bitwise_not bitwise_and bitwise_or bitwise_xor floor ceil
-    round trunc frac sign sgn copy softmax _softmax log_softmax addcmul lerp threshold expm1 log1p
+    round trunc frac sign sgn copy  addcmul lerp threshold expm1 log1p
     log2 log10 exp2 logaddexp logit log_sigmoid hardshrink softshrink tan atan sinh cosh asin acos
     fmod remainder floor_divide true_divide divide multiply subtract isnan nan_to_num clip absolute
 """
@@ -42,6 +42,13 @@ REDUCTIONS = """
     mean sum amax amin max min var std var_mean std_mean norm linalg_vector_norm linalg_norm
     logsumexp prod any all
 """
+LINEAR = frozenset({"sum", "norm", "linalg_vector_norm", "linalg_norm", "any", "all"})
+"""Reductions that a zero changes nothing in."""
+NOT_ZERO = """
+    sigmoid hardsigmoid exp exp2 cos cosh softplus log_sigmoid logit acos rsqrt reciprocal log log2
+    log10 clamp_min logaddexp eq ne le ge logical_not bitwise_not pow
+"""
+"""Operations that make something of a zero: silence behind them is not absence."""
 SOURCES = """
     arange zeros ones full rand randn empty scalar_tensor eye linspace new_zeros new_ones new_full
     new_empty tensor meshgrid
@@ -50,12 +57,23 @@ SOURCES = """
 
 def elementwise(walk: Propagation, node: fx.Node, name: str) -> Any:
     shape = shape_of(node)
+    plain = name.removesuffix("_")
+    if plain in NOT_ZERO.split() or (
+        plain in ("add", "sub", "rsub") and len(node.all_input_nodes) == 1
+    ):
+        walk.normed += [dim for read in node.all_input_nodes for dim in walk.dims(read) or []]
     out: Dims = [stretching(size) for size in shape]
     for read in node.all_input_nodes:
         for dims in tensors_of_value(walk.value(read)):
             for d, dim in enumerate(dims, start=len(shape) - len(dims)):
                 out[d] = walk.broadcast(out[d], dim, f"{name} with a constant")
     return out
+
+
+def softmax(walk: Propagation, node: fx.Node, name: str) -> Any:
+    x = walk.tensor(node, 0)
+    walk.normed.append(x[(option(node, "dim") or 0) % len(x)])
+    return list(x)
 
 
 def same(walk: Propagation, node: fx.Node, name: str) -> Any:
@@ -83,6 +101,8 @@ def reduction(walk: Propagation, node: fx.Node, name: str) -> Any:
     given = option(node, "dim")
     dims = range(len(x)) if given is None else [given] if isinstance(given, int) else given
     gone = {d % len(x) for d in dims} or set(range(len(x)))
+    if name not in LINEAR:
+        walk.normed += [x[d] for d in gone]
     if option(node, "keepdim"):
         out = [fixed(1) if d in gone else dim for d, dim in enumerate(x)]
     else:
@@ -108,6 +128,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(COPIES.split(), same),
     **dict.fromkeys(POOLS.split(), spatial),
     **dict.fromkeys(REDUCTIONS.split(), reduction),
+    **dict.fromkeys(("softmax", "_softmax", "log_softmax"), softmax),
     **dict.fromkeys(SOURCES.split(), source),
     "_assert_tensor_metadata": nothing,
 }

@@ -1,8 +1,8 @@
 """Proves on an example that a group can be removed, before anything is cut.
 
 Two exact statements, in evaluation mode: zeroing a group's channels gives the same output as
-removing them; and, where a LayerNorm runs over them and forbids that, permuting the channels
-consistently in all coupled tensors leaves the output unchanged.
+removing them; and, where something is computed over all of them (a LayerNorm, a mean) and forbids
+that, permuting the channels consistently in all coupled tensors leaves the output unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.batches import doubled
+from slimkit.batches import doubled, fresh
 from slimkit.calls import map_tensors
 from slimkit.copies import copied
 from slimkit.errors import in_one_line
@@ -132,7 +132,11 @@ class _Search:
         for kinds in () if alike in self._hopeless else _variants([*by_kind]):
             variant = replace(group, fits=tuple(fit for kind in kinds for fit in by_kind[kind]))
             if not self.trial.failure([variant]):
-                self._learned.update(kinds)
+                for kind in kinds if len(kinds) > 1 else ():  # what is not needed is not touched
+                    less = replace(variant, fits=tuple(f for f in variant.fits if _kind(f) != kind))
+                    if less.fits and not self.trial.failure([less]):
+                        variant = less
+                self._learned.update(_kind(fit) for fit in variant.fits)
                 return [variant]
         self._hopeless.add(alike)
         self.reasons[group.name] = reason
@@ -220,10 +224,8 @@ class Trial:
             stay = [best(*choice) for choice in zip(groups, orders, sizes, strict=True)]
             kept = list(zip(groups, stay, strict=True))
             reason = self._difference(kept)
-            if reason == OTHERWISE and all(_is_even(group) for group in groups):
-                original = tensors_of(self._copy().eval()(*self.inputs))
-                reason = "" if _same(original, self._permuted(groups)) else reason
-                return reason or self._failure_in_training(kept)
+            if reason == OTHERWISE:
+                reason = self._difference_without_norms(kept)
             if reason:
                 return reason
         return self._failure_in_training(kept)
@@ -244,7 +246,7 @@ class Trial:
     def _crash(self, model: nn.Module, inputs: tuple[Any, ...]) -> str:
         """What a forward raises, in one line; empty if it runs."""
         try:
-            model(*inputs)
+            model(*fresh(inputs))
         except Exception as error:
             return in_one_line(error)
         return ""
@@ -263,17 +265,34 @@ class Trial:
         try:
             rescale_(removed, kept)
             remove_(removed, kept_positions(kept), fitted(kept))
-            after = tensors_of(removed(*self.inputs))
+            after = tensors_of(removed(*fresh(self.inputs)))
         except Exception as error:
             return f"the cut model does not run: {in_one_line(error)}"
         zeroed = self._copy().eval()
         _zero_(zeroed, kept)
-        expected = tensors_of(zeroed(*self.inputs))
+        expected = tensors_of(zeroed(*fresh(self.inputs)))
+        if not expected:
+            return "the forward returns no tensor"
         if [x.shape for x in expected] != [x.shape for x in after]:
             return "its channels are the model's output"
         if any(x.isnan().any() for x in expected):
             return "zeroing its channels gives NaN"
         return "" if _same(expected, after) else OTHERWISE
+
+    def _difference_without_norms(self, kept: Sequence[tuple[Group, Tensor]]) -> str:
+        """The same where something is computed over all channels of some groups.
+
+        Those are not another function only if their channels can change places; all others must
+        stand removal by themselves.
+        """
+        normed = [group for group, _ in kept if group.normed]
+        if not normed or not all(_is_even(group) for group in normed):
+            return OTHERWISE
+        others = [pair for pair in kept if not pair[0].normed]
+        if others and (reason := self._difference(others)):
+            return reason
+        original = tensors_of(self._copy().eval()(*fresh(self.inputs)))
+        return "" if _same(original, self._permuted(normed)) else OTHERWISE
 
     def _permuted(self, groups: Sequence[Group]) -> list[Tensor]:
         """The outputs after permuting the channels of all groups in all their tensors."""
@@ -286,7 +305,7 @@ class Trial:
                 source = _moved(member, order)
                 data = tensors[member.tensor].data
                 tensors[member.tensor].data = data.index_select(member.dim, source.to(data.device))
-        return tensors_of(probe(*self.inputs))
+        return tensors_of(probe(*fresh(self.inputs)))
 
 
 def _odd(channels: int, share: float) -> int:
