@@ -225,3 +225,64 @@ def test_what_a_module_kept_of_its_old_weights_is_forgotten():
     assert small[1].num_heads == 2
     assert small[1].bias.shape == (2, 1, 1)
     assert small(ROWS).shape == (2, 5, 2)
+
+
+class OpenEnded(nn.Module):
+    """Attention whose code leaves the size of a head open: the number of heads is the constant."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        self.h = 4
+        self.norm = nn.LayerNorm(12) if norm else nn.Identity()
+        self.q, self.k, self.v = (nn.Linear(12, 24) for _ in range(3))
+        self.o = nn.Linear(24, 12)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        y = self.norm(x)
+        q, k, v = (f(y).view(n, t, self.h, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.o(y)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_whole_heads_are_not_read_as_halves_of_others(norm):
+    """Heads can change places in the dense model, which says nothing about the cut one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), OpenEnded(norm), nn.Linear(12, 3)).eval()
+    small = prune(
+        model, ROWS, target={"ratio": 0.5}, attention="heads", protect=["0", "1.o", "1.norm"]
+    )
+    assert small[1].h == 2
+    expected = zeroed(model, small.slimkit_pruning.kept)(ROWS)
+    torch.testing.assert_close(small(ROWS), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_attention_that_is_called_twice_is_rescaled_once(tied):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = OpenEnded(), nn.Linear(12, 3)
+            self.b = self.a if tied else None
+
+        def forward(self, x):
+            return self.head((self.b or self.a)(self.a(x)))
+
+    torch.manual_seed(0)
+    model = Twice().eval()
+    small = prune(model, ROWS, target={"ratio": 0.5}, protect=["a.o"])
+    assert small.a.q.out_features == 12
+    expected = zeroed(model, small.slimkit_pruning.kept)(ROWS)
+    torch.testing.assert_close(small(ROWS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_that_need_not_change_stays():
+    model = block(fused)
+    model.attn.tokens = 4
+    rows = ROWS[:, :2]  # an example too short to tell
+    small = prune(
+        model, rows, target={"ratio": 0.5}, attention="heads", protect=["stem", "attn.proj"]
+    )
+    assert (small.attn.num_heads, small.attn.tokens) == (2, 4)
+    assert small(ROWS).shape == model(ROWS).shape

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import re
+import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -614,3 +616,62 @@ def test_torchscript_is_refused():
     scripted = torch.jit.script(stacked())
     with pytest.raises(PruningError, match="is TorchScript, whose code and sizes are fixed"):
         prune(scripted, IMAGE, target={"flops": 0.5})
+
+
+@dataclass
+class Answer:
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize("answer", [Answer, lambda y: {y}, lambda y: (y.sum(), Answer(y))])
+def test_an_output_of_any_kind_keeps_its_channels(answer):
+    model = Net(
+        lambda net, x: answer(net.c(net.b(net.a(x)))),
+        a=nn.Linear(8, 32),
+        b=nn.Linear(32, 32),
+        c=nn.Linear(32, 4),
+    )
+    small = prune(model, torch.randn(3, 8), target={"flops": 0.5})
+    assert small.c.out_features == 4
+    assert small.slimkit_pruning.frozen["c"] == "its channels are the model's output"
+
+
+def test_a_forward_without_a_tensor_is_refused():
+    model = Net(lambda net, x: setattr(net, "y", net.b(net.a(x))), a=nn.Linear(8, 8))
+    model.b = nn.Linear(8, 4)
+    with pytest.raises(PruningError, match="the forward returns no tensor, but NoneType"):
+        prune(model, torch.randn(3, 8), target={"flops": 0.5})
+
+
+def test_a_forward_that_writes_into_its_input_leaves_the_example_alone():
+    model = Net(lambda net, x: net.b(net.a(x.sub_(0.5))), a=nn.Linear(8, 32), b=nn.Linear(32, 4))
+    x = torch.randn(3, 8)
+    before = x.clone()
+    assert prune(model, x, target={"flops": 0.5}).a.out_features == 16
+    assert torch.equal(x, before)
+
+
+def test_a_forward_that_reaches_the_original_is_refused():
+    model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Linear(32, 4))
+    wrapped = Net(lambda _, x: model(x), net=model)
+    before = {name: t.clone() for name, t in wrapped.state_dict().items()}
+    with pytest.raises(PruningError, match=r"a copy of Net runs the original's net: a lambda"):
+        prune(wrapped, torch.randn(3, 8), target={"flops": 0.5})
+    assert all(torch.equal(before[name], t) for name, t in wrapped.state_dict().items())
+
+
+def test_modules_that_share_a_dictionary_go_on_sharing_it():
+    notes = {}
+    writes = Net(lambda net, x: net.notes.update(h=net.a(x)), a=nn.Linear(8, 32))
+    model = Net(lambda net, x: net.e(x) or net.o(net.notes["h"]), e=writes, o=nn.Linear(32, 4))
+    writes.notes = model.notes = notes
+    small = prune(model, torch.randn(3, 8), target={"flops": 0.5})
+    assert small(torch.randn(3, 8)).shape == (3, 4)
+    assert notes == {}
+
+
+def test_what_cannot_be_copied_is_named():
+    model = stacked()
+    model.lock = threading.Lock()
+    with pytest.raises(PruningError, match="Sequential cannot be copied: cannot pickle"):
+        prune(model, IMAGE, target={"flops": 0.5})
