@@ -68,7 +68,7 @@ class GateError(SlimkitError):
 def in_one_line(error: Exception) -> str:
     r"""The kind of an error and the first line of its text.
 
-    >>> in_one_line(ValueError("no such shape\\nsee above"))
+    >>> in_one_line(ValueError("no such shape\nsee above"))
     'ValueError: no such shape'
     """
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
