@@ -26,6 +26,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """Inside, nn.MultiheadAttention calls the operations that it is made of."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
     """Inside, what torch.compile made of `model` or its parts runs as it was written."""
     if all(getattr(m, "_compiled_call_impl", None) is None for m in model.modules()) and not any(

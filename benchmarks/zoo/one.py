@@ -61,6 +61,7 @@ def lived_in(model: nn.Module) -> nn.Module:
 def macs(model: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates by PyTorch's own count."""
     frozen = copy.deepcopy(model).requires_grad_(False)  # the counter fails on a parameter's views
+    torch.backends.mha.set_fastpath_enabled(False)  # what it does is not counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         frozen(x)
     return counter.get_total_flops() // 2

@@ -176,9 +176,8 @@ def _grouped(
     for doubt in walk.doubts:
         for key in np.unique(group_of[labels[doubt.ids]]).tolist():
             doubts.setdefault(key, []).append(doubt)
-    normed = {
-        key for ids in walk.normed for key in np.unique(group_of[labels[ids[ids > FIXED]]]).tolist()
-    }
+    over = [part for ids in walk.normed for part in walk.ids.parts(ids)]
+    normed = {key for ids in over for key in np.unique(group_of[labels[ids[ids > FIXED]]]).tolist()}
     rescaled: dict[int, list[Rescaled]] = {}
     for ids, rows in walk.queries:
         for key in np.unique(group_of[labels[ids]]).tolist():

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimkit.batches import fresh
 from slimkit.calls import WEIGHTED, CallMode
 from slimkit.copies import copied
+from slimkit.evaluating import without_fast_paths
 from slimkit.pruning.counting import Removed
 
 MIB = 2**20
@@ -32,7 +33,7 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
 @torch.no_grad()
 def counted(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
     """`macs` of a model of one's own: it is left in evaluation mode, and its parameters frozen."""
-    with FlopCounterMode(display=False) as counter:
+    with without_fast_paths(), FlopCounterMode(display=False) as counter:
         _ready_to_count(model)(*fresh(example_inputs))
     return int(counter.get_total_flops()) // 2
 
@@ -133,7 +134,7 @@ class CostModel:
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         probe = _ready_to_count(copied(model, share=True))
         uses = _Uses(probe)
-        with FlopCounterMode(display=False) as flops, uses:
+        with without_fast_paths(), FlopCounterMode(display=False) as flops, uses:
             probe(*fresh(example_inputs))
         stored = {n: (tuple(t.shape), t.element_size()) for n, t in _stored(model).items()}
         return cls(uses.uses, shapes, int(flops.get_total_flops()) // 2, stored)

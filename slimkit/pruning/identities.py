@@ -75,6 +75,13 @@ class Identities:
                 return dims
         return None
 
+    def parts(self, ids: Ids) -> list[Ids]:
+        """The dimensions that were merged to `ids`, merged ones among them too; or `ids` itself."""
+        for merged, dims, _ in self._merged.values():
+            if np.array_equal(merged, ids):
+                return [part for dim in dims for part in self.parts(dim)]
+        return [ids]
+
     def freeze(self, ids: Ids, why: str) -> None:
         """These channels must stay."""
         ids = ids[ids > FIXED]

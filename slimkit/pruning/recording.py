@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from slimkit.batches import fresh
 from slimkit.errors import PruningError
+from slimkit.evaluating import without_fast_paths
 from slimkit.interfaces import tensors_of
 from slimkit.pruning.removal import tensors_by_name
 from slimkit.pruning.written import Written
@@ -54,7 +55,7 @@ def recorded(model: nn.Module, example_inputs: tuple[Any, ...]) -> Written:
     recorder = _Recorder(model, example_inputs)
     with (
         torch.no_grad(),
-        _without_fast_paths(),
+        without_fast_paths(),
         recorder.following_modules(),
         enable_python_dispatcher(),
         recorder,
@@ -65,17 +66,6 @@ def recorded(model: nn.Module, example_inputs: tuple[Any, ...]) -> Written:
         raise NoOutputError(f"the forward returns no tensor, but {type(out).__name__}")
     recorder.graph.output(tuple(outputs))
     return Written(recorder.graph, recorder.state, frozenset(recorder.constants))
-
-
-@contextmanager
-def _without_fast_paths() -> Iterator[None]:
-    """Let nn.MultiheadAttention call the operations that it is made of."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Recorder(ProxyTorchDispatchMode):

@@ -158,6 +158,8 @@ def batch_norm(walk: Propagation, node: fx.Node, name: str) -> Any:
         dims = walk.given(node, position)
         if dims is not None:
             walk.ids.tie(dims[0], x[1], "batch-norm over a fixed input")
+    if name == "instance_norm" or argument(node, 5, "training"):  # a weight is standardized, say
+        walk.normed += [dim for d, dim in enumerate(x) if d != 1]
     for gamma in walk.owners(argument(node, 1, "weight")):
         for weight, _ in walk.makers(node.args[0]):
             walk.norms[weight] = gamma.rpartition(".")[0]

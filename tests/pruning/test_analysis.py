@@ -849,6 +849,20 @@ def test_both_engines_find_the_same_channels(name):
     assert ours == places(analyse(model, inputs, engine="torch-pruning"))
 
 
+class Standardized(nn.Conv2d):
+    """A convolution with its weight standardized over what each filter reads, as NFNets have."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, len(self.weight), -1)
+        weight = functional.batch_norm(flat, None, None, training=True, momentum=0.0)
+        return functional.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+
+
+def test_a_standardized_weight_lets_the_channels_go_that_it_reads():
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), Standardized(8, 8, 3), nn.ReLU(), conv(8, 2))
+    assert proven(model, IMAGE) == ["0", "2"]
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), ratio=st.sampled_from([0.5, 0.7, 0.95]))
 def test_any_pruned_network_computes_what_the_original_does_without_the_channels(seed, ratio):

@@ -155,3 +155,11 @@ def test_weights_of_plain_products_cost_their_rows():
     assert cost.measured_macs == 7 * 24 + 7 * 30 + 5 * 21
     assert cost.fixed_macs == 0
     assert cost.predict({"a": {1: 2}, "b": {0: 2}})[0] == 7 * 16 + 7 * 20 + 5 * 21
+
+
+def test_attention_costs_what_it_is_made_of():
+    """PyTorch's fast path computes it in one operation that its counter does not know."""
+    layer, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.zeros(1, 5, 8)
+    model = Net(lambda net, x: net.layer(x, x, x, need_weights=False)[0], layer=layer)
+    counts = CostModel.of(model, (x,)).measured_macs, macs(model, (x,))
+    assert counts[0] == counts[1] >= 5 * 4 * 64  # the projections at least
