@@ -121,6 +121,8 @@ class Scheme:
             ``tensors``.
         fuses: operations that the runtime merges into the integer operation in front of them
             (relu); rounding then happens behind them.
+        float_outputs: whether an integer operation may give float to readers that compute in
+            float; else what it makes is always rounded. Only with ``tensors``.
         bias_bits: 32 where the bias is an integer too, of scale input * weight; None where float.
     """
 
@@ -130,6 +132,7 @@ class Scheme:
     placement: Literal["inputs", "tensors"] = "inputs"
     keeps: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset()
+    float_outputs: bool = False
     bias_bits: int | None = None
 
 

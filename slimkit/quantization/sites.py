@@ -157,7 +157,7 @@ def _on_tensors(
             if made & wanted:
                 outputs[end.name] = rounded[end.inputs[0]]
                 rounded.update(dict.fromkeys(made, rounded[end.inputs[0]]))
-        elif made & wanted or (call.name in integer and not leaves):
+        elif made & wanted or (call.name in integer and not leaves and not scheme.float_outputs):
             outputs[end.name] = f"{end.name}:out"
             rounded.update(dict.fromkeys(made, outputs[end.name]))
     return Sites(inputs, outputs, _weights(integer), skipped)
