@@ -31,7 +31,7 @@ def table(artifact: Path) -> str:
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "ncnn"))
     where = f"{platform.machine()} ({cpu()}), {packages}"
-    note = footnote(metrics["data"], rows[0]["agreement"]["inputs"], metric)
+    note = footnote(metrics["data"], rows[0]["agreement"]["inputs"], metric, rows)
     return "\n".join([*lines, "", f"{note} Measured on {where}."])
 
 

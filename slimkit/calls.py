@@ -46,7 +46,10 @@ def operation_name(func: Callable[..., Any]) -> str:
     >>> operation_name(torch.Tensor.__iadd__), operation_name(torch.add)
     ('add', 'add')
     """
-    name = getattr(func, "__name__", "").strip("_")
+    name = getattr(func, "__name__", "")
+    if name == "__get__":  # a property of tensors, such as mT
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    name = name.strip("_")
     return _SAME.get(name, name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
@@ -76,6 +76,7 @@ def bare(key: str, schema: Any) -> BeforeValidator:
 _NUMBER = BeforeValidator(_no_bool)
 Count = Annotated[int, Field(ge=0), _NUMBER]
 Positive = Annotated[int, Field(ge=1), _NUMBER]
+Bits = Annotated[int, Field(ge=2, le=16), _NUMBER]
 Factor = Annotated[float, Field(ge=0), _NUMBER]
 Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
 NotAll = Annotated[float, Field(ge=0, lt=1), _NUMBER]
@@ -85,6 +86,25 @@ OneOrTwo = Annotated[NotAll | tuple[NotAll, NotAll], BeforeValidator(_one_or_two
 OverZero = Annotated[float, Field(gt=0), _NUMBER]
 Options = Annotated[dict[str, Any], Field(description="Keyword arguments, by name.")]
 Patterns = Annotated[tuple[str, ...], Field(description="Module names, * and ? allowed.")]
+
+
+def _corrections(given: object) -> object:
+    """A single name as a tuple; auto alone."""
+    names = (given,) if isinstance(given, str) else given
+    if isinstance(names, list | tuple) and "auto" in names and len(names) > 1:
+        raise ValueError("auto stands alone: it tries every correction")
+    return names
+
+
+Corrections = Annotated[
+    tuple[Literal["auto", "equalize", "rounding", "batchnorm", "bias"], ...],
+    BeforeValidator(_corrections),
+]
+KeptFloat = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda given: (given,) if given == "auto" else given),
+    Field(description="Module names, * and ? allowed, or auto."),
+]
 ImportPath = Annotated[str, AfterValidator(_import_path)]
 Place = Annotated[str | tuple[str, str], BeforeValidator(_place)]
 Devices = Annotated[int | str | list[int], BeforeValidator(_devices)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from slimkit.errors import QuantizationError
 from slimkit.grid import Grid
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class Quantizer(nn.Module, ABC):
     A subclass keeps what it has seen in buffers, so that ranges are saved with the model. Further
     options are keyword-only arguments of its constructor, typed and with defaults.
 
+    A range may be learned: then it stands in parameters, which `observe` sets and the optimizer
+    changes. Training adds them to the optimizer once ranges are known. A weight is shown to a
+    quantizer with parameters once, in front of its first rounding; any other is blanked and sees
+    it at every forward.
+
     Args:
         grid: the integers to round to; ``grid.channels`` is the number of scales.
     """
@@ -90,7 +96,10 @@ class Quantizer(nn.Module, ABC):
         """Scale (float32, positive) and zero point (int32), each of shape (channels,)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize `x`: equals ``grid.dequantize(grid.quantize(x))`` with `qparams`."""
+        """Fake-quantize `x`: equals ``grid.dequantize(grid.quantize(x))`` with `qparams`.
+
+        Gradients pass straight through where nothing is clipped; a learned range gets its own.
+        """
         return self.grid.fake_quantize(x, *self.qparams())
 
 
@@ -121,8 +130,18 @@ class Scheme:
             ``tensors``.
         fuses: operations that the runtime merges into the integer operation in front of them
             (relu); rounding then happens behind them.
+        steps: operations that the runtime computes in two integer steps with a rounding between
+            them, as `slimkit.quantization.sites.STEPS` says (silu); only with ``tensors``.
         float_outputs: whether an integer operation may give float to readers that compute in
             float; else what it makes is always rounded. Only with ``tensors``.
+        depthwise: whether convolutions of one input channel a group compute on integers as well.
+        arithmetic: how a convolution or linear layer turns its sums of integers into its output,
+            so that slimkit can follow it to the last bit (`slimkit.quantization.exact`).
+            ``requantize``: the 32-bit sum, bias included, as float32 times input scale * weight
+            scale / output scale, rounded half to even; what is rounded elsewhere is divided by its
+            scale. ``dequantize``: the sum times one float32 scale plus the bias, rounded once to
+            float32; what is rounded is multiplied by the reciprocal of its scale, half away from
+            zero. ``unknown``: not to the last bit.
         bias_bits: 32 where the bias is an integer too, of scale input * weight; None where float.
     """
 
@@ -132,8 +151,31 @@ class Scheme:
     placement: Literal["inputs", "tensors"] = "inputs"
     keeps: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset()
+    steps: frozenset[str] = frozenset()
     float_outputs: bool = False
     bias_bits: int | None = None
+    depthwise: bool = True
+    arithmetic: Literal["unknown", "requantize", "dequantize"] = "unknown"
+
+    def narrowed(self, weight_bits: int | None) -> Scheme:
+        """The same with weights of fewer bits, which the backend stores and computes as its own.
+
+        Raises:
+            QuantizationError: the backend's weights are not as wide.
+        """
+        if weight_bits is None:
+            return self
+        if weight_bits > self.weights.bits:
+            raise QuantizationError(
+                f"weights of {weight_bits} bits do not fit the {self.weights.bits} bits of the "
+                f"backend's: choose weight_bits from 2 to {self.weights.bits}"
+            )
+        return replace(self, weights=replace(self.weights, bits=weight_bits))
+
+    def holds(self, other: Scheme) -> bool:
+        """Whether the backend computes what `other` says: the same, or narrower weights."""
+        fits = other.weights.bits <= self.weights.bits
+        return fits and self.narrowed(other.weights.bits) == other
 
 
 @dataclass(frozen=True)
@@ -172,6 +214,11 @@ class Backend(ABC):
     """Channel counts that it computes at full speed are multiples of this; pruning keeps to it
     where the recipe has no ``round_to``."""
 
+    float_variants: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """Other precisions that its runtime offers for a float model, such as ``bf16``: name to the
+    options of the constructor. The float file is compiled and measured with each as well, so that
+    the report can say where one of them beats int8."""
+
     def check(self, deployable: Deployable) -> list[str]:  # noqa: ARG002  (the default knows none)
         """What stands in the way, one sentence each; empty if `compile` will work."""
         return []
@@ -191,6 +238,13 @@ class Backend(ABC):
         """How many operators of each type the runtime executes, as it names them.
 
         Integer ones carry ``int8`` or start with ``QLinear``, ``QGemm`` or ``MatMulInteger``.
+        """
+        return {}
+
+    def profile(self, directory: Path, inputs: tuple[Tensor, ...]) -> dict[str, float]:  # noqa: ARG002
+        """Milliseconds of one run on one thread that each type of `operators` takes, all together.
+
+        Empty where the runtime does not tell. The names are those of `operators`.
         """
         return {}
 

@@ -19,11 +19,14 @@ from pydantic import (
 
 from slimkit.errors import RecipeError
 from slimkit.fields import (
+    Bits,
+    Corrections,
     Count,
     Devices,
     Factor,
     Fraction,
     ImportPath,
+    KeptFloat,
     NotAll,
     NotNone,
     OneOrTwo,
@@ -262,12 +265,80 @@ class Quantize(_Node):
         default=None,
         description="Fraction of the training after which rounding is on; null: only after.",
     )
+    freeze_ranges_at: NotAll | None = Field(
+        default=None,
+        description="Fraction of the training after which ranges of activations that are learned "
+        "or followed stay as they are; null: never.",
+    )
+    freeze_batchnorm_at: NotAll | None = Field(
+        default=None,
+        description="Fraction of the training after which batch-norm layers keep their running "
+        "statistics and compute with them; null: never.",
+    )
+    observe: Literal["once", "always"] = Field(
+        default="once",
+        description="Whether ranges of activations are those of the first `calibration_batches` "
+        "or go on following the data of quantization-aware training.",
+    )
+    learning_rate_scale: OverZero = Field(
+        default=1.0, description="Learning rate of learned ranges over that of the weights."
+    )
+    weight_decay: Factor = Field(
+        default=0.0, description="Decay of learned ranges; pact's paper wants that of the weights."
+    )
+    weight_bits: Bits | None = Field(
+        default=None,
+        description="Width of the weights' integers, if narrower than the backends' own; the files "
+        "store and compute them as those, no smaller and no faster.",
+    )
     calibration_batches: Positive = Field(
         default=16, description="Training batches for the ranges."
     )
-    keep_float: Patterns = Field(
-        default=(), description="Modules that stay float; * and ? allowed."
+    keep_float: KeptFloat = Field(
+        default=(),
+        description="Modules that stay float; * and ? allowed. auto finds the fewest places whose "
+        "rounding costs more than gates.accuracy_drop (0.01 without one) on the validation data.",
     )
+
+    corrections: Corrections = Field(
+        default=(),
+        description="What makes up for rounding, after training: equalize, rounding, batchnorm, "
+        "bias; auto: those that measurably help.",
+    )
+
+    @field_validator("freeze_ranges_at", "freeze_batchnorm_at")
+    @classmethod
+    def _while_rounding(cls, at: float | None, info: ValidationInfo) -> float | None:
+        begin = info.data.get("train_from", 0.0)
+        if at is not None and begin is None:
+            raise ValueError("needs 'train_from': without it nothing is trained on integers")
+        if at is not None and at < begin:
+            raise ValueError(f"should not be before train_from ({begin}), not {at}")
+        return at
+
+    @field_validator("corrections")
+    @classmethod
+    def _without_training(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if names and info.data.get("train_from") is not None:
+            raise ValueError("work on trained networks, not with train_from: leave one of them out")
+        return names
+
+    @field_validator("keep_float")
+    @classmethod
+    def _after_training(cls, kept: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if "auto" in kept and info.data.get("train_from") is not None:
+            raise ValueError(
+                "auto works on trained networks, not with train_from: name the places that "
+                "`slimkit sensitivity --quantize` ranks first"
+            )
+        return kept
+
+    @field_validator("observe")
+    @classmethod
+    def _in_training(cls, observe: str, info: ValidationInfo) -> str:
+        if observe == "always" and info.data.get("train_from", 0.0) is None:
+            raise ValueError("'always' needs 'train_from': ranges follow the data of a training")
+        return observe
 
 
 class Gates(_Node):

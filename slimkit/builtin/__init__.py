@@ -22,7 +22,13 @@ def slimkit_quantizers() -> Iterator[Plugin]:
     """Quantizers."""
     here = "slimkit.builtin.quantizers"
     yield Plugin("minmax", f"{here}.minmax:MinMax", "Everything that was observed")
+    yield Plugin("moving-average", f"{here}.moving_average:MovingAverage", "What batches span")
     yield Plugin("percentile", f"{here}.percentile:Percentile", "All but the rarest values")
+    yield Plugin("kl", f"{here}.kl:KL", "The least loss of information (entropy calibration)")
+    yield Plugin("mse", f"{here}.mse:MSE", "The smallest rounding error")
+    yield Plugin("aciq", f"{here}.aciq:ACIQ", "The smallest expected error, by formula")
+    yield Plugin("lsq", f"{here}.lsq:LSQ", "A step size that training finds")
+    yield Plugin("pact", f"{here}.pact:PACT", "A clip that training finds")
 
 
 @hookimpl

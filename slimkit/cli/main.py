@@ -18,6 +18,8 @@ COMMANDS = {
     "run": "slimkit.cli.run:run",
     "check": "slimkit.cli.check:check",
     "prune": "slimkit.cli.prune:prune",
+    "compare": "slimkit.cli.compare:compare",
+    "sensitivity": "slimkit.cli.sensitivity:sensitivity",
     "list-plugins": "slimkit.cli.list_plugins:list_plugins",
 }
 

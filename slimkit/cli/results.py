@@ -31,16 +31,18 @@ def show(release: Release, seconds: Mapping[str, float], *, as_json: bool) -> No
 
     from rich.console import Console
 
-    from slimkit.report.table import footnote, table
+    from slimkit.report.table import footnote, table, unmeasured
 
     width = None if sys.stdout.isatty() else 120
     console = Console(width=width, highlight=False)
     console.print()
     console.print(table(rows, metric))
     console.print()
-    console.print(footnote(release.data, rows[0]["agreement"]["inputs"], metric))
+    console.print(footnote(release.data, rows[0]["agreement"]["inputs"], metric, rows))
+    for sentence in unmeasured(rows):
+        console.print(sentence)
     for runtime, verdict in release.verdicts.items():
-        console.print(f"{runtime}: {verdict}")
+        console.print(f"{runtime}: {verdict}.")
     if seconds:
         parts = "; ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
         console.print(f"time: {parts}")

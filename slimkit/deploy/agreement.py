@@ -47,25 +47,40 @@ def compare(simulated: Sequence[Tensor], deployed: Sequence[Tensor]) -> Agreemen
     """
     ratios, largest, near, values = [], 0.0, 0, 0
     for a, b in zip(simulated, deployed, strict=True):
-        x, y = a.double(), b.double()
-        same = (x == y) | (x.isnan() & y.isnan())
-        difference = (x - y).abs().nan_to_num(math.inf).masked_fill(same, 0.0)
-        finite = x[x.isfinite()]
-        noise = difference.square().sum().item()
-        signal = finite.square().sum().item()
-        if noise == 0:
-            ratios.append(math.inf)
-        else:
-            ratio = signal / noise
-            ratios.append(10 * math.log10(ratio) if ratio > 0 else -math.inf)
-        if x.numel():
+        difference, signal = differences(a, b)
+        ratios.append(decibels(signal, difference.square().sum().item()))
+        if a.numel():
             largest = max(largest, difference.max().item())
+            finite = a[a.isfinite()].double()
             bound = 0.01 * finite.abs().max() if finite.numel() else torch.tensor(0.0)
             near += int((difference <= bound).sum())
-            values += x.numel()
+            values += a.numel()
     top1 = None
     first = simulated[0]
     if first.dim() == 2 and first.shape[1] > 1:
         agree = first.argmax(1) == deployed[0].argmax(1)
         top1 = agree.double().mean().item()
     return Agreement(top1, tuple(ratios), largest, near / max(1, values), len(first))
+
+
+def differences(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+    """How far the values of `b` are from those of `a`, in float64, and the sum of squares of `a`.
+
+    Equal infinities and NaN on both sides differ by 0; one of them alone by infinity.
+    """
+    x, y = a.double(), b.double()
+    same = (x == y) | (x.isnan() & y.isnan())
+    difference = (x - y).abs().nan_to_num(math.inf).masked_fill(same, 0.0)
+    return difference, x[x.isfinite()].square().sum().item()
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two sums of squares; infinite without noise.
+
+    >>> decibels(100.0, 1.0)
+    20.0
+    """
+    if noise == 0:
+        return math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf

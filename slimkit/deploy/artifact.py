@@ -149,6 +149,11 @@ def load(
     return QuantizedModel(network, fake, name, (saved["weights"], saved["activations"])).eval()
 
 
+def is_graph(module: nn.Module) -> bool:
+    """Whether `load` gave the graph in the artifact, since nobody knew the model's function."""
+    return isinstance(module, _Graph)
+
+
 class _Graph(nn.Module):
     """A module around an exported graph, whose training flag may be set to evaluation."""
 
@@ -218,11 +223,9 @@ def _ranges(quantized: QuantizedModel) -> dict[str, Tensor]:
     """Scale and zero point of every quantizer, weights' fitted to the weights as they are."""
     fake = quantized.fake
     parameters = dict(quantized.model.named_parameters(remove_duplicate=False))
-    for name, path in fake.sites.weights.values():
-        fake.fit_weight_(name, parameters[path])
     ranges = {}
-    for name in _names(fake):
-        ranges[f"{name}.scale"], ranges[f"{name}.zero_point"] = fake[name].qparams()
+    for name, (scale, zero_point) in fake.ranges(parameters).items():
+        ranges[f"{name}.scale"], ranges[f"{name}.zero_point"] = scale, zero_point
     return ranges
 
 
@@ -266,7 +269,7 @@ def _scheme_out(scheme: Scheme) -> dict[str, Any]:
 
 
 def _scheme_in(saved: Mapping[str, Any]) -> Scheme:
-    sets = {k: frozenset(saved[k]) for k in ("operations", "keeps", "fuses")}
+    sets = {k: frozenset(saved.get(k, ())) for k in ("operations", "keeps", "fuses", "steps")}
     grids = {k: Grid(**saved[k]) for k in ("activations", "weights")}
     return Scheme(**{**saved, **sets, **grids})
 
@@ -278,4 +281,5 @@ def _sites_out(sites: Sites) -> dict[str, Any]:
 def _sites_in(saved: Mapping[str, Any]) -> Sites:
     inputs = {c: {int(n): q for n, q in reads.items()} for c, reads in saved["inputs"].items()}
     weights = {c: (q, p) for c, (q, p) in saved["weights"].items()}
-    return Sites(inputs, dict(saved["outputs"]), weights, dict(saved["skipped"]))
+    inner = dict(saved.get("inner", {}))
+    return Sites(inputs, dict(saved["outputs"]), weights, dict(saved["skipped"]), inner)

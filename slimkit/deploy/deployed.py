@@ -16,6 +16,8 @@ from slimkit.batches import first_sample
 from slimkit.errors import ExportError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, Deployable, Runner, tensors_of
+from slimkit.quantization.exact import exact
+from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import finish
 
 
@@ -119,6 +121,11 @@ def temporary(parent: Path | None = None) -> Path:
 
 @torch.no_grad()
 def simulate(model: nn.Module, *inputs: Any) -> list[Tensor]:
-    """Flat outputs of the float model or the simulation, in evaluation mode, as one batch."""
+    """Flat outputs of the float model or the simulation, in evaluation mode, as one batch.
+
+    The simulation is `exact` where the backend's arithmetic is known to the last bit.
+    """
+    if isinstance(model, QuantizedModel):
+        model = exact(model, first_sample(inputs))
     with evaluating(model):
         return tensors_of(model(*inputs))

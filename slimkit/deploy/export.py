@@ -15,6 +15,7 @@ from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.deployed import Deployed, open_
 from slimkit.deploy.folder import check_target, replacing
+from slimkit.deploy.layers import LEAST_DB, SAMPLES, LayerReport, per_layer
 from slimkit.deploy.release import Row, release
 from slimkit.errors import ExportError, SlimkitError
 from slimkit.interfaces import Backend
@@ -30,12 +31,18 @@ class Artifact:
         directory: the artifact's folder.
         row: what was measured.
         deployed: the opened file.
+        model: what the file was made from.
+        backend: the runtime.
     """
 
-    def __init__(self, directory: Path, row: Row, deployed: Deployed) -> None:
+    def __init__(
+        self, directory: Path, row: Row, deployed: Deployed, model: nn.Module, backend: Backend
+    ) -> None:
         self.directory = directory
         self.row = row
         self._deployed = deployed
+        self._model = model
+        self._backend = backend
 
     def run(self, *inputs: Any) -> Any:
         """The outputs of the deployed file for `inputs`, in the model's own structure."""
@@ -60,6 +67,35 @@ class Artifact:
         (batch, classes), the fraction of values within 1 % of the output's largest value.
         """
         return self.row.agreement.share
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Memory that running the file takes; None where it could not be measured."""
+        return self.row.peak_bytes
+
+    def per_layer(
+        self, inputs: Any, *, samples: int = SAMPLES, least_db: float = LEAST_DB
+    ) -> LayerReport:
+        """Compare what the runtime computes in each layer with the simulation.
+
+        The model is compiled once more for that; the artifact stays as it is.
+
+        Args:
+            inputs: a tensor or a tuple of the forward's arguments, a batch of real data.
+            samples: how many of them are compared at most.
+            least_db: ratio of signal to difference below which a layer has departed, in decibels.
+
+        Returns:
+            The layers in order of execution; `LayerReport.first` is the one to look at.
+        """
+        return per_layer(
+            self._model,
+            self._backend,
+            to_cpu(as_inputs(inputs)),
+            real=self.directory / "exports" / self.row.runtime,
+            samples=samples,
+            least_db=least_db,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -105,7 +141,7 @@ def export(
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
     folder = Path(directory)
     check_target(folder)
-    if isinstance(model, QuantizedModel) and model.fake.scheme != target.scheme:
+    if isinstance(model, QuantizedModel) and not target.scheme.holds(model.fake.scheme):
         raise ExportError(
             f"the model was quantized for {model.backend}, whose arithmetic is not {name}'s; "
             f"call slimkit.quantize(model, data, backend={name!r})"
@@ -141,4 +177,4 @@ def export(
             ),
         )
         deployed = open_(target, work / "exports" / name, deployable)
-    return Artifact(folder, rows[0], deployed)
+    return Artifact(folder, rows[0], deployed, own, target)

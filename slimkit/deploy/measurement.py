@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ def measure(
     seconds: float = 1.0,
     least_runs: int = 30,
     most_runs: int = 2000,
+    what: str = "measuring latency",
 ) -> dict[str, Latency]:
     """Time each runner on `inputs`, taking turns so that a noisy machine hurts all alike.
 
@@ -44,6 +46,7 @@ def measure(
         seconds: how long to measure each, about.
         least_runs: run each at least this often.
         most_runs: and at most this often.
+        what: how the progress bar is called.
     """
     first = {}
     for name, run in runners.items():
@@ -55,7 +58,7 @@ def measure(
     runs = int(min(most_runs, max(least_runs, seconds / max(slowest, 1e-9))))
     blocks = 10
     times: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in track(range(blocks), "measuring latency"):
+    for _ in track(range(blocks), what):
         for name, run in runners.items():
             run(*inputs)  # the first run of a block pays for the others' cache
             for _ in range(-(-runs // blocks)):
@@ -66,3 +69,10 @@ def measure(
         name: Latency(statistics.median(t), statistics.quantiles(t, n=20)[-1], len(t))
         for name, t in times.items()
     }
+
+
+def usable_threads() -> int:
+    """How many threads can compute at once: the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from slimkit.batches import first_sample
 from slimkit.deploy.agreement import Agreement, compare
 from slimkit.deploy.deployed import Deployed, compile_, simulate, size_bytes, temporary
-from slimkit.deploy.measurement import Latency, measure
-from slimkit.errors import ExportError
+from slimkit.deploy.measurement import Latency, measure, usable_threads
+from slimkit.deploy.memory import Peak, peaks
+from slimkit.errors import ExportError, SlimkitError
 from slimkit.interfaces import Backend
 from slimkit.progress import track
 from slimkit.pruning.cost import macs, parameters
@@ -43,6 +44,13 @@ class Row:
         latency: of one sample on one thread.
         agreement: of the file with the float model or the simulation.
         operators: operator types that the runtime executes, with counts.
+        variant: the runtime's own float precision, such as ``bf16``; empty for float32 and int8.
+        latency_all: of one sample on all of `threads`; None where there is one.
+        threads: that the process may use at once.
+        peak_bytes: resident memory that opening and running the file adds to a process that has
+            the runtime; None where it could not be measured.
+        operator_ms: of one run on one thread, per operator type, where the runtime tells.
+        unmeasured: what could not be measured, and why.
     """
 
     stage: str
@@ -55,6 +63,12 @@ class Row:
     latency: Latency
     agreement: Agreement
     operators: dict[str, int]
+    variant: str = ""
+    latency_all: Latency | None = None
+    threads: int = 1
+    peak_bytes: int | None = None
+    operator_ms: dict[str, float] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, which knows no NaN and no infinity: they become null."""
@@ -72,7 +86,13 @@ class Stage:
     name: str
     runtime: str
     model: nn.Module
+    backend: Backend
     directory: Path
+    variant: str = ""
+    unmeasured: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([self.name, self.runtime, self.variant]).strip()
 
 
 def release(
@@ -105,28 +125,29 @@ def release(
     compared = agreement_inputs if agreement_inputs is not None else example_inputs
     scratch = temporary()
     last = list(stages)[-1]
-    opened: list[tuple[Stage, Deployed]] = []
     try:
         plan = [
             Stage(
                 stage,
                 runtime,
                 model,
+                backends[runtime],
                 exports / runtime if stage == last else scratch / stage / runtime,
             )
             for stage, models in stages.items()
             for runtime, model in models.items()
         ]
+        opened: list[tuple[Stage, Deployed]] = []
         for item in track(plan, "exporting"):
-            item.directory.parent.mkdir(parents=True, exist_ok=True)
-            _, deployed = compile_(
-                item.model, backends[item.runtime], example_inputs, item.directory
-            )
-            opened.append((item, deployed))
-        sample = [t for t in tree_leaves(first_sample(example_inputs)) if isinstance(t, Tensor)]
-        latencies = measure(
-            {f"{s.name} {s.runtime}": d.runner for s, d in opened}, tuple(sample), seconds=seconds
+            opened.append((item, _compiled(item, example_inputs)))
+            opened += _variants(item, example_inputs, scratch)
+        sample = tuple(
+            t for t in tree_leaves(first_sample(example_inputs)) if isinstance(t, Tensor)
         )
+        one = measure({str(s): d.runner for s, d in opened}, sample, seconds=seconds)
+        files = [item for item, _ in opened]
+        every = _on_all_threads(files, sample, seconds / 3)
+        held = peaks({str(s): (s.backend, s.directory) for s in files}, sample)
         rows = []
         for item, deployed in track(opened, "comparing"):
             network = (
@@ -134,24 +155,70 @@ def release(
             )
             with torch.no_grad():
                 agreement = compare(simulate(item.model, *compared), deployed.flat(*compared))
+            label = (labels or {}).get(item.name, item.name)
+            peak = held[str(item)]
             rows.append(
                 Row(
                     stage=item.name,
-                    label=(labels or {}).get(item.name, item.name),
+                    label=f"{label}, {item.variant}" if item.variant else label,
                     runtime=item.runtime,
                     metric=evaluate(deployed) if evaluate is not None else None,
                     parameters=parameters(network),
                     macs=macs(network, first_sample(example_inputs)),
                     size_bytes=size_bytes(item.directory),
-                    latency=latencies[f"{item.name} {item.runtime}"],
+                    latency=one[str(item)],
                     agreement=agreement,
-                    operators=backends[item.runtime].operators(item.directory),
+                    operators=item.backend.operators(item.directory),
+                    variant=item.variant,
+                    latency_all=every.get(str(item)),
+                    threads=usable_threads(),
+                    peak_bytes=peak.bytes,
+                    operator_ms=item.backend.profile(item.directory, sample),
+                    unmeasured={**item.unmeasured, **_problem(peak)},
                 )
             )
         _integers_or_error(rows)
         return rows
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _compiled(item: Stage, example_inputs: tuple[Any, ...]) -> Deployed:
+    item.directory.parent.mkdir(parents=True, exist_ok=True)
+    return compile_(item.model, item.backend, example_inputs, item.directory)[1]
+
+
+def _variants(
+    item: Stage, example_inputs: tuple[Any, ...], scratch: Path
+) -> list[tuple[Stage, Deployed]]:
+    """The compressed float model in the runtime's other precisions; one that fails is noted."""
+    found = []
+    for name, options in item.backend.float_variants.items() if item.name == "compressed" else ():
+        try:
+            backend = type(item.backend)(**options)
+            other = replace(
+                item, backend=backend, directory=scratch / name / item.runtime,
+                variant=name, unmeasured={},
+            )  # fmt: skip
+            found.append((other, _compiled(other, example_inputs)))
+        except SlimkitError as error:
+            item.unmeasured[name] = "; ".join(line.strip(" :") for line in str(error).splitlines())
+    return found
+
+
+def _on_all_threads(
+    files: list[Stage], sample: tuple[Tensor, ...], seconds: float
+) -> dict[str, Latency]:
+    """Latency of each file on every thread that the process may use; empty where that is one."""
+    threads = usable_threads()
+    if threads == 1:
+        return {}
+    runners = {str(s): s.backend.load(s.directory, threads=threads) for s in files}
+    return measure(runners, sample, seconds=seconds, least_runs=10, what="measuring on all threads")
+
+
+def _problem(peak: Peak) -> dict[str, str]:
+    return {"peak memory": peak.problem} if peak.problem else {}
 
 
 def is_integer(operator: str) -> bool:
@@ -170,29 +237,10 @@ def _integers_or_error(rows: list[Row]) -> None:
                 "it fuses none of the model's quantized operations"
             )
         for other in rows:
-            same = other.runtime == row.runtime and other.stage == "compressed"
+            same = (other.runtime, other.stage, other.variant) == (row.runtime, "compressed", "")
             if same and row.size_bytes >= other.size_bytes:
                 raise ExportError(
                     f"the int8 file for {row.runtime} has {row.size_bytes:,} bytes, the float "
                     f"file {other.size_bytes:,}: quantization saved nothing; the model is too "
                     "small for int8 to pay"
                 )
-
-
-def verdicts(rows: list[Row]) -> dict[str, str]:
-    """Per runtime, whether int8 is worth it against float of the same model."""
-    found = {}
-    by = {(row.stage, row.runtime): row for row in rows}
-    for (stage, runtime), row in by.items():
-        plain = by.get(("compressed", runtime))
-        if stage != "int8" or plain is None:
-            continue
-        ratio = row.latency.median_ms / plain.latency.median_ms
-        if ratio < 1:
-            found[runtime] = f"int8 takes {ratio:.2f} of the float time"
-        else:
-            found[runtime] = (
-                f"int8 is not worth it here: it takes {ratio:.2f} of the float time; deploy the "
-                "float file, or use a larger model or input"
-            )
-    return found

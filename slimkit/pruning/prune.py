@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.batches import as_inputs, finite, inputs_of
+from slimkit.batchnorm import reestimate_
 from slimkit.copies import copied
 from slimkit.errors import PruningError, in_one_line
 from slimkit.evaluating import eagerly, untouched
 from slimkit.interfaces import Backend, Criterion
-from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import counted, macs, parameters, size_mb
 from slimkit.pruning.coupling import Attention, Coupling
 from slimkit.pruning.engines import Engine, find_groups

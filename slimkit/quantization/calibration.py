@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimkit.batches import finite, inputs_of
+from slimkit.batches import finite, first_sample, inputs_of
+from slimkit.calls import map_tensors
 from slimkit.copies import copied
 from slimkit.errors import QuantizationError, SlimkitError
 from slimkit.evaluating import evaluating
@@ -19,6 +21,10 @@ from slimkit.interfaces import Backend, Grid, Quantizer, tensors_of
 from slimkit.progress import track
 from slimkit.quantization.fake import Choice, FakeQuantization, Maker, QuantizedModel
 from slimkit.registry import discover
+
+AUTO = "auto"
+SCANNED = 4  # samples on which the places are ranked
+CORRECTED = 256  # samples that corrections are fitted to, all of them in memory
 
 
 def maker(choice: Choice) -> Maker:
@@ -89,7 +95,11 @@ def quantize(
     weights: Choice = "minmax",
     activations: Choice = "percentile",
     batches: int = 16,
-    keep_float: Sequence[str] = (),
+    keep_float: str | Sequence[str] = (),
+    evaluate: Callable[[nn.Module], float] | None = None,
+    drop: float = 0.01,
+    corrections: str | Sequence[str] = (),
+    weight_bits: int | None = None,
 ) -> QuantizedModel:
     """A copy of `model` that simulates the backend's int8, calibrated on `data`.
 
@@ -100,13 +110,23 @@ def quantize(
         weights: quantizer of the weights.
         activations: quantizer of the activations.
         batches: how many batches to calibrate on.
-        keep_float: patterns of layers that stay in float.
+        keep_float: patterns of layers that stay in float; ``auto``, alone or among them, finds the
+            places whose rounding harms the outputs (`slimkit.quantization.mixed`).
+        evaluate: the task's metric of a module, larger is better, for ``auto``: the fewest places
+            stay in float with which it loses no more than `drop`. Left out, those that alone add
+            noise of 1 % of the signal's power.
+        drop: how much of the metric may be lost.
+        corrections: ``equalize``, ``rounding``, ``batchnorm``, ``bias``
+            (`slimkit.quantization.corrections`), or ``auto``: those of them that measurably help.
+            What they did is in the result's ``corrections``.
+        weight_bits: width of the weights' integers, if narrower than the backend's own.
 
     Returns:
         A module to evaluate, to train on (gradients pass straight through) or to export.
 
     Raises:
-        QuantizationError: nothing would be quantized, or the data is unusable.
+        QuantizationError: nothing would be quantized, the data is unusable, or no choice of float
+            places keeps the metric.
 
     Example:
         >>> import torch
@@ -118,18 +138,85 @@ def quantize(
     """
     name = backend if isinstance(backend, str) else type(backend).__name__
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
+    given = [keep_float] if isinstance(keep_float, str) else list(keep_float)
+    patterns = [pattern for pattern in given if pattern != AUTO]
     own = copied(model)
-    kept = list(islice(iter(data), batches))
-    if not kept:
+    stream = islice(iter(data), batches)  # not a list: a thousand images may not fit
+    first = next(stream, None)
+    if first is None:
         raise QuantizationError("the calibration data is empty: it gave no batch")
-    inputs = inputs_of(kept[0], own)
+    inputs = inputs_of(first, own)
     if not finite(inputs):
         raise QuantizationError("calibration batch 0 holds NaN or infinity")
     with _running(0, inputs):
         fake = FakeQuantization.of(
-            own, inputs, target.scheme, maker(weights), maker(activations), keep_float
+            own,
+            _traced_with(own, inputs),
+            target.scheme.narrowed(weight_bits),
+            maker(weights),
+            maker(activations),
+            patterns,
         )
-    calibrate_(fake, own, kept, batches)
+    seen: list[tuple[Any, ...]] = []
+    whole = chain([first], stream)
+    calibrate_(fake, own, _noted(whole, own, seen) if corrections else whole, batches)
     result = QuantizedModel(own, fake, name, (weights, activations))
+    if AUTO in given:
+        from slimkit.quantization.mixed import fewest_in_float
+
+        few = tuple(map_tensors(lambda t: t[:SCANNED] if t.dim() else t, x) for x in inputs)
+        metric = None if evaluate is None else _in_evaluation(evaluate)
+        least = None if metric is None else metric(own) - drop
+        result, _ = fewest_in_float(result, [few], evaluate=metric, least=least)
+    if corrections:
+        from slimkit.quantization.corrections.apply import apply_
+
+        again = partial(_recalibrate_, result.fake, own, seen, maker(activations))
+        result.corrections = apply_(own, result.fake, seen, corrections, again)
     result.training = model.training  # its layers have their own flags, such as frozen batch-norms
     return result
+
+
+def _noted(batches: Iterable[Any], model: nn.Module, seen: list[tuple[Any, ...]]) -> Iterator[Any]:
+    """Pass `batches` on and put the inputs of the first 256 samples into `seen`."""
+    count = 0
+    for batch in batches:
+        if count < CORRECTED:
+            inputs = inputs_of(batch, model)
+            sizes = [t.shape[0] for t in tensors_of(inputs) if t.dim()]
+            seen.append(inputs)
+            count += max(sizes, default=1)
+        yield batch
+
+
+def _recalibrate_(
+    fake: FakeQuantization, model: nn.Module, seen: list[tuple[Any, ...]], make: Maker
+) -> None:
+    """Find the ranges of activations afresh."""
+    fake.renew_activations_(make)
+    calibrate_(fake, model, [(inputs,) for inputs in seen], len(seen))
+
+
+@torch.no_grad()
+def _traced_with(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The first sample of the batch, or all of it where the model does not take one alone.
+
+    A trace keeps every tensor of a forward in memory.
+    """
+    one = first_sample(inputs)
+    try:
+        with evaluating(model):
+            model(*one)
+    except Exception:  # whatever a model raises; the whole batch then tells what is wrong
+        return inputs
+    return one
+
+
+def _in_evaluation(evaluate: Callable[[nn.Module], float]) -> Callable[[nn.Module], float]:
+    """`evaluate` of a module in evaluation mode, which it leaves as it was."""
+
+    def metric(module: nn.Module) -> float:
+        with evaluating(module), torch.no_grad():
+            return float(evaluate(module))
+
+    return metric

@@ -26,7 +26,8 @@ class FakeQuantization(nn.Module):
 
     The quantizers are this module's children, so ranges are saved and moved with it; the model
     itself is not changed and not owned. Weight ranges follow the weights at every forward;
-    activation ranges are those of the calibration.
+    activation ranges are those of the calibration. Learned ranges are the optimizer's from the
+    first rounding on.
 
     Args:
         sites: where the quantizers sit.
@@ -48,6 +49,8 @@ class FakeQuantization(nn.Module):
         self.sites = sites
         self.scheme = scheme
         self.state: State = "float"
+        self.follows = False  # activation ranges go on observing while they round, in training
+        self.only: frozenset[str] | None = None  # round nothing but these, to see what they cost
         self.quantizers = nn.ModuleDict()
         for name in sites.activations:
             self.quantizers[_key(name)] = activations(scheme.activations)
@@ -57,6 +60,7 @@ class FakeQuantization(nn.Module):
             quantizer = weights(scheme.weights.sized(parameters[path], axis))
             self.quantizers[_key(name)] = quantizer
             self._blank[name] = {k: b.clone() for k, b in quantizer.named_buffers()}
+        self._begun: set[str] = set()  # learned weight ranges that have seen their weight
         self.to(next(iter(parameters.values())).device)
 
     @classmethod
@@ -98,6 +102,19 @@ class FakeQuantization(nn.Module):
         """The quantizer called `name` in `sites`."""
         return self.quantizers[_key(name)]  # type: ignore[return-value]
 
+    def renew_activations_(self, make: Maker) -> None:
+        """Put new activation quantizers, which have seen nothing, in place of the old."""
+        device = next((b.device for b in self.buffers()), torch.device("cpu"))
+        for name in self.sites.activations:
+            self.quantizers[_key(name)] = make(self.scheme.activations).to(device)
+
+    def keep_only_(self, sites: Sites) -> None:
+        """Forget the quantizers that `sites` does not name."""
+        named = {*sites.activations, *(name for name, _ in sites.weights.values())}
+        for key in set(self.quantizers) - {_key(name) for name in named}:
+            del self.quantizers[key]
+        self._blank = {name: state for name, state in self._blank.items() if name in named}
+
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[None]:
         """Inside, forwards of `model` (and of its submodules) go through the fake-quantizers."""
@@ -108,19 +125,55 @@ class FakeQuantization(nn.Module):
             yield
 
     def weight(self, name: str, weight: Tensor) -> Tensor:
-        """Fake-quantize a weight over its present range."""
+        """Fake-quantize a weight over its present range, or over its learned one."""
         self.fit_weight_(name, weight)
         return self[name](weight)
 
     @torch.no_grad()
     def fit_weight_(self, name: str, weight: Tensor) -> None:
-        """Forget the range of the weight quantizer `name` and observe `weight` afresh."""
+        """Forget the range of the weight quantizer `name` and observe `weight` afresh.
+
+        A learned range is set at the first call only.
+        """
         quantizer = self[name]
-        if isinstance(quantizer, Fixed):
+        if isinstance(quantizer, Fixed) or name in self._begun:
             return
+        if learns(quantizer):
+            self._begun.add(name)
+        blank = self._blank[name]
         for key, buffer in quantizer.named_buffers():
-            buffer.copy_(self._blank[name][key])
+            if blank[key].device != buffer.device:
+                blank[key] = blank[key].to(buffer.device)
+            buffer.copy_(blank[key])
         quantizer.observe(weight)
+
+    def ranges(self, parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Scale and zero point of every quantizer, weights' fitted to the weights as they are."""
+        for name, path in self.sites.weights.values():
+            self.fit_weight_(name, parameters[path])
+        names = [*self.sites.activations, *(name for name, _ in self.sites.weights.values())]
+        return {name: self[name].qparams() for name in names}
+
+    def take_learned_weights_(self, other: FakeQuantization) -> None:
+        """Go on with the learned weight ranges of `other`, where they have the same grid."""
+        theirs = {name for name, _ in other.sites.weights.values()}
+        for name, _ in self.sites.weights.values():
+            if name in theirs and learns(self[name]) and self[name].grid == other[name].grid:
+                self[name].load_state_dict(other[name].state_dict())
+                self._begun.add(name)
+
+    def get_extra_state(self) -> Tensor:
+        """Which learned weight ranges have seen their weight, for the state dict."""
+        return torch.tensor([name in self._begun for name in self._blank], dtype=torch.bool)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on as the saved one."""
+        self._begun = {name for name, begun in zip(self._blank, state, strict=True) if begun}
+
+
+def learns(quantizer: Quantizer) -> bool:
+    """Whether its range is found by gradient."""
+    return next(quantizer.parameters(), None) is not None
 
 
 def _key(name: str) -> str:
@@ -154,11 +207,15 @@ class _FakeMode(SiteMode):
         super().__init__(model, fake.sites)
         self.fake = fake
         self.rounds = fake.state == "quantize"
+        self.follows = fake.follows and model.training
 
     def round(self, quantizer: str, x: Tensor) -> Tensor:
         if self.rounds:
-            return self.fake[quantizer](x)
-        if not torch.isfinite(x).all():
+            only = self.fake.only
+            if self.follows:
+                self.fake[quantizer].observe(x.detach())
+            return self.fake[quantizer](x) if only is None or quantizer in only else x
+        if x.numel() and not torch.isfinite(torch.stack(x.detach().aminmax())).all():
             raise QuantizationError(f"at {quantizer} the model gives NaN or infinity in float")
         self.fake[quantizer].observe(x.detach())
         return x
@@ -169,8 +226,9 @@ class _FakeMode(SiteMode):
     def constants(
         self, call: str, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        if self.rounds:
-            weight = self.fake.weight(self.sites.weights[call][0], weight)
+        name, only = self.sites.weights[call][0], self.fake.only
+        if self.rounds and (only is None or name in only):
+            weight = self.fake.weight(name, weight)
         return weight, bias
 
 
@@ -195,6 +253,7 @@ class QuantizedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.choices = choices
+        self.corrections: list[Any] = []  # what each correction did
         self.model = model
         self.fake = fake
         self.backend = backend

@@ -43,7 +43,7 @@ def finish(model: nn.Module, example_inputs: tuple[Any, ...]) -> Deployable:
     """
     fake = model.fake if isinstance(model, QuantizedModel) else None
     own = copied(model.model if isinstance(model, QuantizedModel) else model)
-    module = _Finished(own.cpu().eval(), copied(fake) if fake is not None else None, example_inputs)
+    module = Finished(own.cpu().eval(), copied(fake) if fake is not None else None, example_inputs)
     try:
         with torch.no_grad():
             program = torch.export.export(module.eval(), example_inputs, strict=False)
@@ -58,7 +58,7 @@ def finish(model: nn.Module, example_inputs: tuple[Any, ...]) -> Deployable:
 
 @dataclass
 class _Weights:
-    """The names of one layer's constants in `_Finished`."""
+    """The names of one layer's constants in `Finished`."""
 
     weight: str
     bias: str | None
@@ -88,7 +88,7 @@ def _dtype(grid: Grid) -> torch.dtype:
     return torch.int16 if grid.signed else torch.uint16
 
 
-class _Finished(nn.Module):
+class Finished(nn.Module):
     """Runs a model with its calls replaced by what the device computes."""
 
     def __init__(
@@ -218,7 +218,7 @@ class _Finished(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """The model's outputs, computed as on the device."""
-        with _FinishedMode(self):
+        with FinishedMode(self):
             return self.network(*args)
 
 
@@ -271,17 +271,19 @@ def _norm_as_affine(norm: Call, state: dict[str, Tensor]) -> tuple[Tensor, Tenso
     return factor, (0.0 if beta is None else beta) - mean * factor
 
 
-class _FinishedMode(SiteMode):
+class FinishedMode(SiteMode):
     """Replaces each call by what the device computes."""
 
-    def __init__(self, finished: _Finished) -> None:
+    def __init__(self, finished: Finished) -> None:
         super().__init__(finished.network, finished.sites)
         self.finished = finished
 
     def round(self, quantizer: str, x: Tensor) -> Tensor:
+        """Quantize and dequantize, as operations of the graph."""
         return self.finished.roundings[quantizer](x)
 
     def has_constants(self, call: str) -> bool:
+        """Whether the call's weight and bias are finished."""
         return call in self.finished.layers
 
     def constants(
@@ -290,12 +292,15 @@ class _FinishedMode(SiteMode):
         weight: Tensor,  # noqa: ARG002  (replaced)
         bias: Tensor | None,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor | None]:
+        """The finished weight and bias."""
         return self.finished.constants(self.finished.layers[call])
 
     def output(self, call: str) -> str | None:
+        """The quantizer of what the call makes, with a batch-norm behind it folded."""
         return self.finished.moved.get(call) or super().output(call)
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Leave out what is folded; else as the sites say."""
         if name in self.finished.skipped:
             return args[0] if args else kwargs["input"]
         return super().on_call(name, op, func, args, kwargs)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimkit.calls import CallMode, map_tensors
-from slimkit.quantization.sites import Sites
+from slimkit.quantization.sites import STEPS, Sites
+
+_STEPS = {op: getattr(torch, function) for op, function in STEPS.items()}
 
 
 class SiteMode(CallMode):
@@ -53,7 +56,11 @@ class SiteMode(CallMode):
             args, kwargs = (x, *self.constants(name, weight, bias), *args[3:]), named
         elif reads:
             args, kwargs = self._rounded(reads, (args, kwargs))
-        out = func(*args, **kwargs)
+        if name in self.sites.inner:
+            x = args[0] if args else kwargs["input"]
+            out: Any = x * self._float_only(self.sites.inner[name], _STEPS[op](x))
+        else:
+            out = func(*args, **kwargs)
         quantizer = self.output(name)
         if quantizer is None:
             return out

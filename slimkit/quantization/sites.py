@@ -9,6 +9,21 @@ from dataclasses import dataclass, field
 from slimkit.calls import WEIGHTED, Call, Trace
 from slimkit.interfaces import Scheme
 
+STEPS = {"silu": "sigmoid"}
+"""Operations that are their input times a function of it: that function, rounded in between."""
+
+TAIL = frozenset(
+    {"cat", "stack", "sigmoid", "softmax", "log_softmax", "tanh", "exp", "add", "sub", "mul", "div"}
+    | {"flatten", "reshape", "view", "permute", "transpose", "t", "squeeze", "unsqueeze", "mT", "T"}
+    | {"contiguous", "clone", "chunk", "split", "getitem", "unbind", "movedim", "swapaxes"}
+    | {"detach", "unflatten", "clamp", "select", "narrow"}
+)
+"""Operations that stay in float between the last layers and the model's outputs.
+
+There they put quantities of different size side by side (a detector's boxes and scores), which one
+scale cannot serve, and no layer behind them would read integers.
+"""
+
 PAIRWISE = ("add", "mul", "sub", "div", "matmul")
 """Operations that compute on integers only if both arguments are tensors made by the model."""
 
@@ -24,18 +39,20 @@ class Sites:
         outputs: call -> quantizer, for all tensors that the call makes.
         weights: call -> (quantizer, path of the parameter).
         skipped: call -> why it stays in float although the backend could.
+        inner: call -> quantizer, for what an operation of `STEPS` multiplies its input with.
     """
 
     inputs: dict[str, dict[int, str]] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     weights: dict[str, tuple[str, str]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    inner: dict[str, str] = field(default_factory=dict)
 
     @property
     def activations(self) -> list[str]:
         """The activation quantizers, each once."""
         read = [quantizer for reads in self.inputs.values() for quantizer in reads.values()]
-        return list(dict.fromkeys([*read, *self.outputs.values()]))
+        return list(dict.fromkeys([*read, *self.inner.values(), *self.outputs.values()]))
 
     def source(self, call: Call, trace: Trace) -> str | None:
         """The quantizer that rounds the first tensor that `call` reads."""
@@ -57,10 +74,15 @@ def find_sites(trace: Trace, scheme: Scheme, keep_float: Sequence[str] = ()) -> 
     """
     skipped: dict[str, str] = {}
     integer: dict[str, Call] = {}
+    tail = tail_of(trace) if scheme.placement == "tensors" else set()
     for call in trace.calls:
-        if call.op not in scheme.operations:
+        if call.op not in scheme.operations | scheme.steps:
             continue
         reason = _obstacle(call, keep_float)
+        if not reason and not scheme.depthwise and _is_depthwise(call):
+            reason = "the backend computes depthwise convolutions in float"
+        if not reason and call.name in tail:
+            reason = "no layer behind it reads integers"
         if reason:
             skipped[call.name] = reason
         else:
@@ -74,6 +96,18 @@ def find_sites(trace: Trace, scheme: Scheme, keep_float: Sequence[str] = ()) -> 
         }
         return Sites(inputs, {}, _weights(integer), skipped)
     return _on_tensors(trace, scheme, integer, skipped)
+
+
+def tail_of(trace: Trace) -> set[str]:
+    """The calls of `TAIL` from which only such calls lead on, to the model's outputs."""
+    readers = trace.readers()
+    found: set[str] = set()
+    for call in reversed(trace.calls):
+        behind = [reader for number in call.outputs for reader in readers.get(number, [])]
+        leads_out = bool(behind) or bool(set(call.outputs) & trace.outputs)
+        if call.op in TAIL and leads_out and all(reader.name in found for reader in behind):
+            found.add(call.name)
+    return found
 
 
 def _obstacle(call: Call, keep_float: Sequence[str]) -> str:
@@ -92,6 +126,12 @@ def _obstacle(call: Call, keep_float: Sequence[str]) -> str:
     elif not call.inputs:
         return "it reads no tensor of the model"
     return ""
+
+
+def _is_depthwise(call: Call) -> bool:
+    """Whether a convolution has as many groups as it makes channels, and more than one."""
+    groups = call.arguments.get("groups", call.arguments.get(6, 1))
+    return call.op.startswith("conv") and groups > 1 and groups == call.shape[1]
 
 
 def _keeps(call: Call, scheme: Scheme) -> bool:
@@ -160,4 +200,5 @@ def _on_tensors(
         elif made & wanted or (call.name in integer and not leaves and not scheme.float_outputs):
             outputs[end.name] = f"{end.name}:out"
             rounded.update(dict.fromkeys(made, outputs[end.name]))
-    return Sites(inputs, outputs, _weights(integer), skipped)
+    inner = {name: f"{name}:inner" for name, call in integer.items() if call.op in scheme.steps}
+    return Sites(inputs, outputs, _weights(integer), skipped, inner)

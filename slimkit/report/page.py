@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from slimkit.report.table import cells, footnote, headings
+from slimkit.report.table import cells, footnote, headings, unmeasured
 
 
 def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
@@ -30,7 +30,10 @@ def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
     page = environment.get_template("report.html").render(
         headings=[*headings(name), "SQNR dB"],
         rows=[(row["stage"], [*cells(row), _decibels(row)]) for row in metrics["rows"]],
-        footnote=footnote(metrics["data"], metrics["rows"][0]["agreement"]["inputs"], name),
+        footnote=footnote(
+            metrics["data"], metrics["rows"][0]["agreement"]["inputs"], name, metrics["rows"]
+        ),
+        unmeasured=unmeasured(metrics["rows"]),
         metrics=metrics,
         recipe=recipe,
         bars=_bars(metrics["rows"]),
@@ -40,8 +43,20 @@ def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
             for r in metrics["rows"]
             if r["operators"]
         ],
+        times=[
+            (r["label"], r["runtime"], _dearest(r["operator_ms"]))
+            for r in metrics["rows"]
+            if r.get("operator_ms")
+        ],
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _dearest(times: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Operator types with milliseconds and share of the whole, the dearest first."""
+    total = sum(times.values()) or 1.0
+    ordered = sorted(times.items(), key=lambda item: -item[1])
+    return [(name, ms, ms / total) for name, ms in ordered]
 
 
 def _decibels(row: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     latency, agreement = row["latency"], row["agreement"]
     share = agreement["close"] if agreement["top1"] is None else agreement["top1"]
     metric = "-" if row["metric"] is None else f"{row['metric']:.4f}"
+    every, peak = row.get("latency_all"), row.get("peak_bytes")  # artifacts of old have neither
     return [
         row["label"],
         row["runtime"],
@@ -35,6 +36,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['size_bytes'] / 1024:,.0f} KiB",
         f"{latency['median_ms']:.3f}",
         f"{latency['p95_ms']:.3f}",
+        "-" if every is None else f"{every['median_ms']:.3f}",
+        "-" if peak is None else f"{peak / 2**20:.1f}",
         f"{share:.2%}",
     ]
 
@@ -42,23 +45,44 @@ def cells(row: dict[str, Any]) -> list[str]:
 def headings(metric: str | None) -> list[str]:
     """The columns' names."""
     name = (metric or "metric").removeprefix("val_")
-    return ["model", "runtime", name, "params", "MACs", "file", "ms median", "ms p95", "agrees"]
+    heads = ["model", "runtime", name, "params", "MACs", "file", "ms median", "ms p95"]
+    return [*heads, "ms, all threads", "peak MiB", "agrees"]
 
 
 def table(rows: Sequence[dict[str, Any]], metric: str | None) -> Table:
     """The table of all deployed files, ready for a rich console."""
     result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    for position, name in enumerate(headings(metric)):
+    for position, heading in enumerate(headings(metric)):
+        name = "\n".join(heading.rsplit(" ", 1))  # two lines: the numbers are narrow
         result.add_column(name, justify="left" if position < 2 else "right", no_wrap=position > 1)
     for row in rows:
         result.add_row(*cells(row), style="bold" if row["stage"] == "int8" else "")
     return result
 
 
-def footnote(data: str, inputs: int, metric: str | None) -> str:
+def footnote(
+    data: str, inputs: int, metric: str | None, rows: Sequence[dict[str, Any]] = ()
+) -> str:
     """What the columns were measured on."""
     name = (metric or "metric").removeprefix("val_")
-    return (
+    threads = max((row.get("threads", 1) for row in rows), default=1)
+    every = f", and on all {threads}" if threads > 1 else ""
+    said = (
         f"{name} and agreement: computed by the files on {inputs:,} {data} inputs; agreement is "
-        "with the model that the file was made from. Latency: one sample, one thread."
+        f"with the model that the file was made from. Latency: one sample, one thread{every}."
     )
+    if any(row.get("peak_bytes") is not None for row in rows):
+        said += " Peak: memory that running the file adds to a process that has the runtime."
+    return said
+
+
+def unmeasured(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One sentence for each number that is missing, with the files that lack it."""
+    files: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for what, why in row.get("unmeasured", {}).items():
+            files.setdefault((what, why), []).append(f"{row['label']} on {row['runtime']}")
+    return [
+        f"{what} was not measured of {', '.join(names)}: {why}"
+        for (what, why), names in files.items()
+    ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,8 @@ from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.folder import check_target, move, replacing
 from slimkit.deploy.gates import missed
-from slimkit.deploy.release import Row, release, verdicts
+from slimkit.deploy.release import Row, release
+from slimkit.deploy.verdict import verdicts
 from slimkit.errors import GateError, SlimkitError
 from slimkit.interfaces import Backend
 from slimkit.quantization.calibration import quantize
@@ -155,6 +158,12 @@ class Loaders:
             )
         return loader
 
+    def selection(self) -> Any:
+        """Validation batches, to choose by, where there are test batches beside them; or None."""
+        if not self._loader("test", "test_dataloader", "test_dataloaders"):
+            return None
+        return self._loader("validate", "val_dataloader", "val_dataloaders")
+
     def _loader(self, stage: str, method: str, attribute: str) -> Any:
         if hasattr(self.data, "setup"):
             if stage not in self._ready:
@@ -197,15 +206,22 @@ def _labels(module: SlimModule) -> dict[str, str]:
 def _quantized(
     module: SlimModule, network: nn.Module, backends: dict[str, Backend], loaders: Loaders
 ) -> dict[str, QuantizedModel]:
-    """The simulation for each backend; the first keeps the ranges it was trained with."""
+    """The simulation for each backend; the first keeps the ranges it was trained with.
+
+    The others take over what was learned for the weights and find ranges of activations anew.
+    """
     section = module.recipe.quantize
     if section is None:
         return {}
     weights, activations = section.weights.model_dump(), section.activations.model_dump()
+    evaluate, drop = None, module.recipe.gates.accuracy_drop
+    drop = 0.01 if drop is None else drop
+    if "auto" in section.keep_float and (loader := loaders.selection()):
+        evaluate = _larger_is_better(Evaluator(module.inner, loader, module.recipe.metric))
     result = {}
+    trained = module.fake if module.fake is not None and module.fake.state == "quantize" else None
     for name, backend in backends.items():
-        trained = module.fake
-        if trained is not None and trained.state == "quantize" and trained.scheme == backend.scheme:
+        if trained is not None and trained.scheme == backend.scheme.narrowed(section.weight_bits):
             fake = copied(trained).cpu()
             result[name] = QuantizedModel(network, fake, name, (weights, activations)).eval()
             continue
@@ -217,10 +233,32 @@ def _quantized(
             activations=activations,
             batches=section.calibration_batches,
             keep_float=section.keep_float,
+            evaluate=evaluate,
+            drop=drop,
+            corrections="auto" if "auto" in section.corrections else section.corrections,
+            weight_bits=section.weight_bits,
         )
+        if trained is not None:
+            made.fake.take_learned_weights_(trained)
+        for one in made.corrections:
+            did = "kept" if one.kept else "left out"
+            module.announce(
+                f"{name}: {one.name} {did}, {one.before_db:.1f} to {one.after_db:.1f} dB at the "
+                f"last layers, {one.seconds:.0f} s"
+            )
         made.backend = name
         result[name] = made.eval()
     return result
+
+
+def _larger_is_better(evaluator: Evaluator) -> Callable[[nn.Module], float]:
+    """The metric, negated where less of it is better."""
+
+    def evaluate(model: nn.Module) -> float:
+        value = evaluator(model)
+        return value if evaluator.metric is None or evaluator.metric.mode == "max" else -value
+
+    return evaluate
 
 
 def _inputs(loader: Any, network: nn.Module) -> tuple[Any, ...]:
@@ -265,6 +303,7 @@ def _write(
         "rows": [row.as_dict() for row in result.rows],
         "verdicts": result.verdicts,
         "missed": misses,
+        "corrections": {name: _plain(made.corrections) for name, made in quantized.items()},
         "pruning": None if report is None else {"groups": report.groups, "frozen": report.frozen},
     }
     write_report(work / "report.html", metrics, recipe.to_yaml())
@@ -277,6 +316,14 @@ def _write(
         metrics=metrics,
     )
     write(work, contents)
+
+
+def _plain(records: list[Any]) -> Any:
+    """Dataclasses as data for JSON, which knows no infinity: it becomes null."""
+    return tree_map(
+        lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf,
+        [asdict(record) for record in records],
+    )
 
 
 def rejected(directory: Path) -> Path:

@@ -20,12 +20,11 @@ from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization
 from slimkit.quantization.sites import Sites
 from slimkit.recipe import Recipe
-from slimkit.registry import discover
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
 from slimkit.training.pruning import PruningCallback
-from slimkit.training.quantization import QuantizationCallback
+from slimkit.training.quantization import QuantizationCallback, scheme_of
 
 if TYPE_CHECKING:
     from slimkit.training.deployment import Release
@@ -153,6 +152,9 @@ class SlimModule(pl.LightningModule):
                 "pruning while training on several processes is not supported yet: use "
                 "devices: 1, or prune with max_epochs: 0 first"
             )
+        if stage == "fit" and self.recipe.quantize is not None:
+            for backend in self.recipe.export:  # weight_bits that do not fit are said now
+                scheme_of(backend.name, self.recipe.quantize)
         self.inner.setup(stage)
         if stage == "fit" and self.recipe.distill is not None and not self._distillation:
             self.announce(
@@ -185,13 +187,25 @@ class SlimModule(pl.LightningModule):
         if saved["fake"] is not None and quantize is not None:
             self.fake = FakeQuantization(
                 Sites(**saved["fake"]["sites"]),
-                discover().create("backend", self.recipe.export[0].name).scheme,
+                scheme_of(self.recipe.export[0].name, quantize),
                 maker(quantize.weights.model_dump()),
                 maker(quantize.activations.model_dump()),
                 dict(self.network.named_parameters(remove_duplicate=False)),
             )
             self.fake.state = saved["fake"]["state"]
         self.inner.on_load_checkpoint(checkpoint)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP, which asks for it by this name, leaves to `QuantizationCallback`.
+
+        Fake-quantizers come in the middle of a training, and learned ranges are frozen later; DDP
+        keeps to the parameters that it met first.
+        """
+        if self.fake is None:
+            return []
+        named = [*self.fake.named_parameters(), *self.fake.named_buffers()]
+        return [f"fake.{name}" for name, _ in named]
 
     def say(self, message: str) -> None:
         """One line in the terminal about where the run stands."""

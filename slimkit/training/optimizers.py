@@ -1,12 +1,15 @@
-"""Keeps optimizers right when parameters shrink under them."""
+"""Keeps optimizers right when parameters shrink under them, and when new ones come."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimkit.errors import SlimkitError
 from slimkit.pruning.removal import Kept, cut
 
 
@@ -43,3 +46,66 @@ def shrink_optimizers_(
                     state[key] = cut(value, dims)
                 else:
                     del state[key]
+
+
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+_RATE_LISTS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
+_OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
+
+
+def add_group_(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    schedulers: Iterable[Any],
+    *,
+    learning_rate_scale: float = 1.0,
+    weight_decay: float = 0.0,
+) -> None:
+    """Let an optimizer in the middle of its work train `parameters` too, in a group of their own.
+
+    The group is as the optimizer's first one but for what is given here. Schedulers go on: the
+    learning rate of the group stays at the same multiple of the first one's.
+
+    Args:
+        optimizer: those of `parameters` that it holds already are left where they are.
+        parameters: by any name.
+        schedulers: all of the training; those of other optimizers are left alone.
+        learning_rate_scale: the group's learning rate over the first one's.
+        weight_decay: of the group.
+
+    Raises:
+        SlimkitError: the optimizer knows no groups.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    new = {name: p for name, p in parameters.items() if id(p) not in held}
+    if not new:
+        return
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise SlimkitError(
+            "LBFGS cannot train learned ranges, as it knows no parameter groups: choose quantizers "
+            "without parameters (minmax, percentile), or another optimizer"
+        )
+    before = len(optimizer.param_groups)
+    group = {k: copy.deepcopy(v) for k, v in optimizer.param_groups[0].items() if k != "params"}
+    group |= {key: group[key] * learning_rate_scale for key in _RATES if key in group}
+    if "weight_decay" in group:
+        group["weight_decay"] = weight_decay
+    if "name" in group:
+        group["name"] = "ranges"
+    named = "param_names" in group and group.pop("param_names")
+    optimizer.add_param_group({**group, "params": [*(new.items() if named else new.values())]})
+    for scheduler in _each(schedulers):
+        if getattr(scheduler, "optimizer", None) is not optimizer:
+            continue
+        for name in (*_RATE_LISTS, *_OTHER_LISTS):
+            values = getattr(scheduler, name, None)
+            if isinstance(values, list) and len(values) == before:
+                factor = learning_rate_scale if name in _RATE_LISTS else None
+                values.append(values[0] if factor is None else values[0] * factor)
+
+
+def _each(schedulers: Iterable[Any]) -> Iterator[Any]:
+    """Schedulers, and those that they are made of."""
+    for scheduler in schedulers:
+        yield scheduler
+        yield from _each(getattr(scheduler, "_schedulers", ()))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.batches import first_sample, inputs_of
+from slimkit.batchnorm import reestimate_
 from slimkit.errors import PruningError
 from slimkit.interfaces import Criterion
-from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.cost import macs
 from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.masks import Masks

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from slimkit.batches import first_sample, inputs_of
+from slimkit.batchnorm import reestimate_
 from slimkit.deploy.folder import check_target
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Criterion
 from slimkit.progress import is_quiet
-from slimkit.pruning.batchnorm import reestimate_
 from slimkit.pruning.prune import cut_to_target_
 from slimkit.pruning.scores import group_scores, scores_over_batches
 from slimkit.recipe import Import, Recipe

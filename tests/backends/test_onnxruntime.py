@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -325,3 +326,21 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     OnnxRuntime().load(tmp_path)(normal(1, 3, 32, 32))
     OnnxRuntime().operators(tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_profile_tells_the_time_of_every_operator(tmp_path: Path) -> None:
+    x = normal(1, 3, 16, 16)
+    compiled(deployable(Residual(), x), tmp_path)
+    times = OnnxRuntime().profile(tmp_path, (x,))
+    assert times.keys() == OnnxRuntime().operators(tmp_path).keys()
+    assert all(0 <= ms < 100 for ms in times.values())
+    assert times["QLinearConv"] > times["QuantizeLinear"]
+
+
+def test_the_profile_leaves_the_first_runs_out() -> None:
+    def run(at: int, conv_us: int) -> list[dict[str, Any]]:
+        kernel = {"name": "n_kernel_time", "ts": at + 1, "args": {"op_name": "Conv"}}
+        return [{"name": "model_run", "ts": at}, {**kernel, "dur": conv_us}]
+
+    events = [e for n in range(8) for e in run(100 * n, 9000 if n < 5 else 10 * n)]
+    assert backend._kernel_times(events) == {"Conv": 0.06}

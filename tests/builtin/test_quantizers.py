@@ -1,6 +1,8 @@
 """The ranges that quantizers choose, against numpy on the same values."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from slimkit.builtin.quantizers.aciq import ACIQ
+from slimkit.builtin.quantizers.kl import KL
 from slimkit.builtin.quantizers.minmax import MinMax
+from slimkit.builtin.quantizers.moving_average import MovingAverage
+from slimkit.builtin.quantizers.mse import MSE
 from slimkit.builtin.quantizers.percentile import Percentile
 from slimkit.interfaces import Grid
 
 SYMMETRIC, ASYMMETRIC = Grid(), Grid(signed=False, symmetric=False)
-QUANTIZERS = [MinMax, Percentile]
+HISTOGRAMS = [Percentile, KL, MSE, ACIQ]
+QUANTIZERS = [MinMax, MovingAverage, *HISTOGRAMS]
+GRIDS = {
+    f"{bits} bits{' signed' * signed}{' symmetric' * symmetric}": Grid(bits, signed, symmetric)
+    for bits, signed, symmetric in itertools.product((2, 4, 8, 16), (False, True), (False, True))
+}
 finite = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 
 
@@ -79,8 +90,54 @@ class TestEveryQuantizer:
         seen = observed(make(grid), torch.ones(3, requires_grad=True))
         assert not any(buffer.requires_grad for buffer in seen.buffers())
 
+    def test_keeps_zero_exactly(self, make, grid):
+        seen = observed(make(grid), noise(1000) + 5)
+        assert seen(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+    def test_half_precision_gives_the_range_of_the_same_values(self, make, grid):
+        x = torch.from_numpy(noise(1000)).half()
+        halves, floats = (
+            observed(make(grid), x).qparams(),
+            observed(make(grid), x.float()).qparams(),
+        )
+        assert halves == floats
+
+    def test_memory_layout_does_not_matter(self, make, grid):
+        x = torch.from_numpy(noise(2 * 3 * 4 * 5)).view(2, 3, 4, 5)
+        expected = observed(make(grid), x).qparams()
+        assert observed(make(grid), x.to(memory_format=torch.channels_last)).qparams() == expected
+        assert observed(make(grid), x.expand(2, *x.shape)[:, :, 1:]).qparams() == (
+            observed(make(grid), x[:, 1:]).qparams()
+        )
+
 
 @pytest.mark.parametrize("make", QUANTIZERS)
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+class TestEveryQuantizerOnEveryGrid:
+    @pytest.mark.parametrize("value", [3.7, 1e-20, 1e20])
+    def test_a_constant_is_covered_exactly(self, make, grid, value):
+        _, hi = covered(observed(make(grid), torch.full((50,), value)))
+        assert hi.item() == pytest.approx(value, rel=1e-5)
+
+    def test_covers_no_more_than_was_seen(self, make, grid):
+        x = noise(2000)
+        scale, _ = observed(make(grid), x).qparams()
+        assert scale.item() <= observed(MinMax(grid), x).qparams()[0].item() * 1.0001
+
+    def test_negative_values_alone_give_a_positive_scale(self, make, grid):
+        scale, zero_point = observed(make(grid), -np.abs(noise(500))).qparams()
+        assert scale.item() > 0
+        assert grid.qmin <= zero_point.item() <= grid.qmax
+
+    def test_per_channel_gives_one_range_a_channel(self, make, grid):
+        x = torch.from_numpy(noise(600)).view(3, 200)
+        each = replace(grid, per_channel=True).sized(x)
+        scale, zero_point = observed(make(each), x).qparams()
+        assert scale.shape == zero_point.shape == (3,)
+        assert (scale > 0).all()
+
+
+@pytest.mark.parametrize("make", [MinMax, MovingAverage, Percentile, KL])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_every_channel_has_the_range_of_its_own_values(make, axis):
     x = torch.from_numpy(noise(3 * 1000).reshape(3, 1000)) * torch.tensor([[1.0], [10.0], [0.1]])
@@ -156,20 +213,70 @@ def test_outliers_beyond_the_percentile_are_clipped():
     assert covered(observed(Percentile(SYMMETRIC, percentile=99.9), x))[1] < 2.5
 
 
+@pytest.mark.parametrize("make", HISTOGRAMS)
 @given(
     x=arrays(np.float32, st.integers(1, 200), elements=finite),
     cuts=st.lists(st.integers(0, 200), max_size=6),
     order=st.randoms(use_true_random=False),
 )
-@settings(max_examples=80, deadline=None)
-def test_percentile_does_not_depend_on_batches_or_their_order(x, cuts, order):
+@settings(max_examples=40, deadline=None)
+def test_the_range_does_not_depend_on_batches_or_their_order(make, x, cuts, order):
     ends = [0, *sorted(min(c, len(x)) for c in cuts), len(x)]
     batches = [x[a:b] for a, b in itertools.pairwise(ends)]
     order.shuffle(batches)
-    whole = observed(Percentile(ASYMMETRIC, percentile=90), x)
-    parts = observed(Percentile(ASYMMETRIC, percentile=90), *batches)
+    whole = observed(make(ASYMMETRIC), x)
+    parts = observed(make(ASYMMETRIC), *batches)
     assert torch.equal(whole.counts, parts.counts)
     assert whole.qparams() == parts.qparams()
+
+
+@pytest.mark.parametrize("make", HISTOGRAMS)
+class TestEveryHistogram:
+    def test_size_is_the_same_for_any_number_of_images(self, make):
+        seen = observed(make(ASYMMETRIC), noise(100))
+        before = sum(buffer.numel() for buffer in seen.buffers())
+        observed(seen, *(noise(1000, seed) * 2.0**seed for seed in range(20)))
+        assert sum(buffer.numel() for buffer in seen.buffers()) == before
+
+    def test_keeps_no_histogram_of_each_channel(self, make):
+        quantizer = make(Grid(per_channel=True, channels=2048))
+        assert sum(buffer.numel() for buffer in quantizer.buffers()) <= 2 * 2048
+
+    def test_several_tensors_of_a_channel_get_the_range_that_holds_all(self, make):
+        grid = Grid(4, per_channel=True, channels=2)
+        small, large = (torch.from_numpy(noise(200, i)).view(2, 100) * 10**i for i in range(2))
+        both = observed(make(grid), small, large).qparams()[0]
+        assert torch.equal(both, observed(make(grid), large).qparams()[0])
+        assert torch.equal(both, observed(make(grid), large, small).qparams()[0])
+
+    def test_range_follows_what_is_observed_after_it_was_asked_for(self, make):
+        seen = observed(make(SYMMETRIC), noise(100))
+        seen.qparams()
+        assert observed(seen, 100 * noise(100)).qparams() == (
+            observed(make(SYMMETRIC), noise(100), 100 * noise(100)).qparams()
+        )
+
+    def test_range_is_that_of_the_loaded_counts(self, make):
+        seen, loaded = observed(make(SYMMETRIC), noise(1000)), observed(make(SYMMETRIC), noise(9))
+        loaded.qparams()
+        loaded.load_state_dict(seen.state_dict())  # saved before its range was asked for
+        assert loaded.qparams() == seen.qparams()
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_refuses_what_is_not_finite(self, make, bad):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            observed(make(SYMMETRIC), [1.0, bad])
+
+    def test_counts_every_value_in_its_bin(self, make):
+        x = noise(300_000)  # more than are counted at a time
+        x[:1000] = 0
+        seen = observed(make(SYMMETRIC), x)
+        half = len(seen.counts) // 2
+        exact = x.astype(np.float64) / seen.width.item()
+        bins = np.where(exact < 0, np.floor(exact), np.ceil(exact)).astype(int) + half
+        assert seen.counts.tolist() == np.bincount(bins, minlength=2 * half + 1).tolist()
+        assert seen.counts[half] == 1000
+        assert np.abs(x).max() / seen.width.item() > half / 2  # at least half of the bins are used
 
 
 def test_every_value_is_counted_once_when_bins_widen():

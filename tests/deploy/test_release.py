@@ -7,13 +7,19 @@ import math
 import tempfile
 
 import pytest
+import torch
+from hungry import HungryReference
+from models import conv
 from nets import conv_norm, normal
 from rows import AGREES, row
+from torch import nn
 
 from slimkit.builtin.backends.reference import Reference
-from slimkit.deploy.release import is_integer, release, verdicts
+from slimkit.deploy.gates import missed
+from slimkit.deploy.release import is_integer, release
 from slimkit.errors import ExportError
 from slimkit.quantization.calibration import quantize
+from slimkit.recipe import Gates
 
 X = normal(4, 3, 8, 8)
 
@@ -25,6 +31,14 @@ def released(tmp_path, backend=None, **options):
     return release(
         stages, {"torch": backend or Reference()}, (X,), tmp_path / "exports", seconds=0, **options
     )
+
+
+def measured(tmp_path, backend=None):
+    """All three stages of a net that is large enough for int8 to save something."""
+    net = nn.Sequential(conv(3, 64), nn.ReLU(), conv(64, 64), nn.Flatten(2)).eval()
+    small = quantize(net, [X], "torch").eval()
+    stages = {"dense": {"torch": net}, "compressed": {"torch": net}, "int8": {"torch": small}}
+    return release(stages, {"torch": backend or Reference()}, (X,), tmp_path / "e", seconds=0)
 
 
 class AllFloat(Reference):
@@ -102,17 +116,83 @@ def test_other_operators_are_not_taken_for_integer_ones(name: str) -> None:
     assert not is_integer(name)
 
 
-def test_verdict_says_what_int8_takes() -> None:
-    rows = [row(), row("compressed", ms=1.0), row("int8", ms=0.5)]
-    assert verdicts(rows) == {"onnxruntime": "int8 takes 0.50 of the float time"}
+class Half(Reference):
+    """A runtime with other float precisions, one of which this machine lacks."""
+
+    float_variants = {"bf16": {"precision": "bf16"}, "fp8": {"precision": "fp8"}}
+
+    def __init__(self, *, precision: str = "float32") -> None:
+        self.precision = precision
+
+    def check(self, deployable):
+        return ["no such instructions here"] if self.precision == "fp8" else []
+
+    def load(self, directory, threads=1):
+        run = super().load(directory, threads)
+        kind = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return lambda *inputs: [t.to(kind).float() for t in run(*inputs)]
+
+    def profile(self, directory, inputs):
+        return {"Conv": 1000.0 * len(inputs)}
 
 
-def test_verdict_says_that_a_slower_int8_is_not_worth_it() -> None:
-    rows = [row("compressed", ms=1.0), row("int8", ms=1.25)]
-    assert verdicts(rows)["onnxruntime"].startswith(
-        "int8 is not worth it here: it takes 1.25 of the float time; deploy the float file"
-    )
+def test_the_compressed_model_is_measured_in_the_runtimes_own_precisions_too(tmp_path) -> None:
+    rows = measured(tmp_path, Half())
+    assert [(r.stage, r.variant) for r in rows] == [
+        ("dense", ""),
+        ("compressed", ""),
+        ("compressed", "bf16"),
+        ("int8", ""),
+    ]
+    assert rows[2].label == "compressed, bf16"
+    assert rows[1].agreement.sqnr_db[0] > 100 > rows[2].agreement.sqnr_db[0]
 
 
-def test_without_int8_there_is_no_verdict() -> None:
-    assert verdicts([row(), row("compressed")]) == {}
+def test_a_precision_that_the_machine_lacks_is_noted_with_its_reason(tmp_path) -> None:
+    compressed = measured(tmp_path, Half())[1]
+    assert "no such instructions here" in compressed.unmeasured["fp8"]
+
+
+def test_the_runtimes_profile_is_kept(tmp_path) -> None:
+    assert measured(tmp_path, Half())[-1].operator_ms == {"Conv": 1000.0}
+
+
+def test_a_measured_precision_is_not_what_gates_judge() -> None:
+    rows = [row(), row("compressed", ms=0.4), row("compressed", ms=0.1, variant="bf16")]
+    assert missed(Gates(latency_ratio=0.3), rows)
+    assert not missed(Gates(latency_ratio=0.4), rows)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_files_are_timed_on_all_threads_where_there_are_several(
+    tmp_path, monkeypatch, threads: int
+) -> None:
+    opened = []
+
+    class Counting(Reference):
+        def load(self, directory, threads=1):
+            opened.append(threads)
+            return super().load(directory)
+
+    monkeypatch.setattr("slimkit.deploy.release.usable_threads", lambda: threads)
+    rows = measured(tmp_path, Counting())
+    assert [r.threads for r in rows] == [threads] * 3
+    assert {r.latency_all is None for r in rows} == {threads == 1}
+    assert set(opened) == {1, threads}
+
+
+def test_peak_memory_is_measured(tmp_path, measuring_memory) -> None:
+    net = conv_norm().eval()
+    stages, backends = {"dense": {"torch": net}}, {"torch": HungryReference()}
+    (found,) = release(stages, backends, (X,), tmp_path / "e", seconds=0)
+    assert 50 * 2**20 < found.peak_bytes < 400 * 2**20
+    assert found.unmeasured == {}
+
+
+def test_a_missing_peak_has_its_reason(tmp_path, measuring_memory) -> None:
+    class Local(Reference):
+        """No other process can import this one."""
+
+    found = measured(tmp_path, Local())[-1]
+    assert found.peak_bytes is None
+    assert "cannot be sent to another process" in found.unmeasured["peak memory"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import Net, conv
@@ -207,3 +209,61 @@ def test_the_source_of_a_layer_is_the_quantizer_that_rounded_its_input() -> None
     by_name = {call.name: call for call in traced.calls}
     assert found.source(by_name["b:conv2d:0"], traced) == ":relu:0:out"
     assert found.source(by_name["a:conv2d:0"], traced) == "input0"
+
+
+def test_a_tail_that_mixes_quantities_stays_in_float() -> None:
+    """A detector's boxes and scores: each is rounded where its layer makes it, not together."""
+
+    def flow(net, x):
+        y = net.stem(x)
+        return torch.cat([net.boxes(y), net.scores(y).sigmoid()], 1).flatten(2).mT
+
+    scheme = replace(TENSORS, operations=TENSORS.operations | {"cat", "sigmoid"})
+    found = sites(flow, scheme, stem=conv(3, 4), boxes=conv(4, 4), scores=conv(4, 2))
+    assert ":cat:0" not in found.outputs
+    assert ":sigmoid:0" not in found.outputs
+    assert found.skipped == dict.fromkeys(
+        (":sigmoid:0", ":cat:0"), "no layer behind it reads integers"
+    )
+    assert found.outputs["boxes:conv2d:0"] != found.outputs["scores:conv2d:0"]
+
+
+def test_a_concatenation_that_a_layer_reads_is_no_tail() -> None:
+    scheme = replace(TENSORS, operations=TENSORS.operations | {"cat"})
+
+    def flow(net, x):
+        return net.b(torch.cat([net.a(x), x], 1))
+
+    assert ":cat:0" in sites(flow, scheme, a=conv(3, 4), b=conv(7, 4)).outputs
+
+
+def test_silu_in_steps_has_a_quantizer_inside() -> None:
+    scheme = replace(TENSORS, steps=frozenset({"silu"}))
+    found = sites(
+        lambda net, x: net.b(functional.silu(net.a(x))), scheme, a=conv(3, 4), b=conv(4, 4)
+    )
+    assert found.inner == {":silu:0": ":silu:0:inner"}
+    assert found.outputs[":silu:0"] == ":silu:0:out"
+    assert found.outputs["a:conv2d:0"] == "a:conv2d:0:out"
+    assert ":silu:0:inner" in found.activations
+
+
+def test_float_outputs_round_only_what_is_read_as_integers() -> None:
+    def flow(net, x):
+        return net.b(functional.gelu(net.a(x)))
+
+    layers = {"a": conv(3, 4), "b": conv(4, 4)}
+    assert "a:conv2d:0" in sites(flow, TENSORS, **layers).outputs
+    free = sites(flow, replace(TENSORS, float_outputs=True), **layers)
+    assert free.outputs == {":gelu:0": ":gelu:0:out"}
+
+
+def test_depthwise_layers_stay_in_float_where_the_backend_says_so() -> None:
+    def flow(net, x):
+        return net.b(net.a(x))
+
+    layers = {"a": nn.Conv2d(3, 3, 3, groups=3), "b": conv(3, 4)}
+    found = sites(flow, replace(INPUTS, depthwise=False), **layers)
+    assert list(found.weights) == ["b:conv2d:0"]
+    assert "depthwise" in found.skipped["a:conv2d:0"]
+    assert len(sites(flow, INPUTS, **layers).weights) == 2

@@ -250,6 +250,33 @@ def test_a_killed_run_goes_on_with_the_same_command(project: Project) -> None:
     assert project.manifest("whole")["files"]["weights.safetensors"] == resumed
 
 
+def test_a_run_killed_while_ranges_are_learned_goes_on(project: Project) -> None:
+    quantize = {"train_from": 0.25, "weights": "lsq", "activations": "lsq", "weight_bits": 4}
+    project.write(
+        trainer={"max_epochs": 4, "accelerator": "cpu"},
+        prune=None,
+        quantize=quantize,
+        optimizer={"name": "adamw", "lr": 0.01},
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLEEP": "0.02"}
+    with subprocess.Popen(
+        project.command(), cwd=project.folder, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        said = next((line for line in process.stderr if "epoch 2/4  quantization" in line), "")
+        time.sleep(0.3)  # into the next epoch
+        process.send_signal(signal.SIGKILL)
+    assert said
+    assert process.returncode == -signal.SIGKILL
+    assert not (project.folder / "small").exists()
+    done = project.run()
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert "epoch 2/4" not in done.stderr
+    resumed = project.manifest()["files"]["weights.safetensors"]
+    assert project.here("--fresh", "-o", "whole").returncode == 0
+    assert project.manifest("whole")["files"]["weights.safetensors"] == resumed
+
+
 def test_another_recipe_does_not_go_on_from_the_old_checkpoint(project: Project) -> None:
     project.write(trainer={"max_epochs": 1, "accelerator": "cpu"})
     work = project.folder / "small.work"

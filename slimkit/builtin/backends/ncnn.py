@@ -33,8 +33,10 @@ class Ncnn(Backend):
     """Files for ncnn, in float by pnnx and in int8 by slimkit, exact under ncnn's default options.
 
     The input of each convolution and linear layer is rounded to symmetric int8 per tensor, weights
-    per output channel; everything between is float. ncnn has no batch dimension: inputs are
-    (1, ...). Channels are packed by 8 where they are a multiple of it, in int8 always.
+    per output channel; everything between is float, depthwise convolutions too: in int8 they took
+    twice as long here (MobileNet v1 0.25, x86), and ncnn's kernel scales their sums by an
+    approximate reciprocal (12 bits), which no simulation can follow. ncnn has no batch dimension:
+    inputs are (1, ...). Channels are packed by 8 where they are a multiple of it, in int8 always.
     """
 
     channel_multiple = 8
@@ -42,6 +44,8 @@ class Ncnn(Backend):
         activations=Grid(bits=8),
         weights=Grid(bits=8, per_channel=True),
         operations=frozenset({"conv2d", "linear"}),
+        depthwise=False,
+        arithmetic="dequantize",
     )
 
     def check(self, deployable: Deployable) -> list[str]:

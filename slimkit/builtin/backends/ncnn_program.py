@@ -9,7 +9,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from slimkit.builtin.backends.ncnn_model import Rounding
-from slimkit.builtin.backends.ncnn_rewrites import strided_slices_as_pooling_
+from slimkit.builtin.backends.ncnn_rewrites import (
+    properties_as_transpose_,
+    strided_slices_as_pooling_,
+)
 from slimkit.errors import ExportError
 from slimkit.interfaces import Deployable
 
@@ -44,6 +47,7 @@ def with_markers(deployable: Deployable) -> tuple[nn.Module, list[Rounding], lis
         if node.target == "_guards_fn" or "_assert" in str(node.target):
             graph.erase_node(node)
     strided_slices_as_pooling_(graph)
+    properties_as_transpose_(graph)
     roundings: list[Rounding] = []
     for node in list(graph.nodes):
         if _name(node) in ("conv2d", "linear") and _is_activation(node.args[0]):

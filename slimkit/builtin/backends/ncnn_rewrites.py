@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, fx
 
 _slice = torch.ops.aten.slice.Tensor
+_transpose = torch.ops.aten.transpose.int
+_TRANSPOSED = frozenset(
+    {torch.ops.aten.mT.default, torch.ops.aten.numpy_T.default, torch.ops.aten.t.default}
+)
 _pool = torch.ops.aten.max_pool2d.default
 
 
@@ -35,6 +39,22 @@ def strided_slices_as_pooling_(graph: fx.Graph) -> None:
                 pooled = graph.call_function(_pool, (narrow, [1, 1], strides))
             pooled.meta = dict(node.meta)
             node.replace_all_uses_with(pooled)
+    graph.eliminate_dead_code()
+
+
+def properties_as_transpose_(graph: fx.Graph) -> None:
+    """Replace x.mT, x.T and torch.t(x), unknown to pnnx, by a transpose of two dimensions."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _TRANSPOSED:
+            continue
+        value = _value(node)
+        if value is None or value.dim() < 2:
+            node.replace_all_uses_with(node.args[0])
+        else:
+            with graph.inserting_before(node):
+                swapped = graph.call_function(_transpose, (node.args[0], -2, -1))
+            swapped.meta = dict(node.meta)
+            node.replace_all_uses_with(swapped)
     graph.eliminate_dead_code()
 
 

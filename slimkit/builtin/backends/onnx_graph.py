@@ -24,6 +24,7 @@ def keep_integers_(model: ir.Model) -> None:
     clip_on_integers_(graph)
     pool_globally_(graph)
     move_integers_(graph)
+    keep_floats_(graph)
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -95,6 +96,46 @@ def move_integers_(graph: ir.Graph) -> None:
             out.type = ir.TensorType(_dtype(dq))
             _replace_uses(out, new.outputs[0], but=new)
             after = new
+
+
+def keep_floats_(graph: ir.Graph) -> None:
+    """Give layers with float weights between integers a bias that ONNX Runtime cannot round.
+
+    Its WeightBiasQuantization rounds such weights to int8 with one scale for all channels, though
+    they were kept in float, unless the bias is no constant (weight_bias_quantization.cc). Here the
+    bias comes out of DequantizeLinear, which is not folded away: +-2**23 times |bias| / 2**23,
+    the same float to the last bit.
+    """
+    for node in list(graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.domain:
+            continue
+        weight = _array(node.inputs[1])
+        if _dequantize(node.inputs[0]) is None or weight is None or weight.dtype != np.float32:
+            continue
+        given = _array(node.inputs[2]) if len(node.inputs) > 2 else None
+        if len(node.inputs) > 2 and node.inputs[2] is not None and given is None:
+            continue
+        bias = np.zeros(_outputs(node, weight), np.float32) if given is None else given.reshape(-1)
+        integers = (np.sign(bias) * 2**23).astype(np.int32)
+        scale = np.where(bias == 0, np.float32(1), np.abs(bias) / np.float32(2**23))
+        dq = ir.Node(
+            "",
+            "DequantizeLinear",
+            [_const(graph, integers), _const(graph, scale.astype(np.float32))],
+            [ir.AttrInt64("axis", 0)],
+            num_outputs=1,
+        )
+        graph.insert_before(node, dq)
+        node.resize_inputs(max(3, len(node.inputs)))
+        node.replace_input_with(2, dq.outputs[0])
+
+
+def _outputs(node: ir.Node, weight: np.ndarray) -> int:
+    """How many output channels a layer has."""
+    if node.op_type == "ConvTranspose":
+        return int(weight.shape[1]) * node.attributes.get_int("group", 1)
+    transposed = node.op_type == "Conv" or node.attributes.get_int("transB", 0)
+    return int(weight.shape[0 if transposed else 1])
 
 
 def _moves_only(graph: ir.Graph, node: ir.Node, dq: ir.Node) -> bool:

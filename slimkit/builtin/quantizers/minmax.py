@@ -22,13 +22,18 @@ class MinMax(Quantizer):
         self.register_buffer("lo", torch.zeros(grid.channels))
         self.register_buffer("hi", torch.zeros(grid.channels))
 
+    @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Widen the range to hold `x`; zero is always inside."""
-        rows = self.grid.rows(x.detach().float())
-        if not rows.shape[1]:
+        if not x.numel():
             return
-        self.lo.copy_(torch.minimum(self.lo, rows.amin(1)))
-        self.hi.copy_(torch.maximum(self.hi, rows.amax(1)))
+        if self.grid.per_channel:
+            rows = self.grid.rows(x)
+            lo, hi = rows.amin(1), rows.amax(1)
+        else:
+            lo, hi = x.aminmax()
+        self.lo.copy_(torch.minimum(self.lo, lo.float()))
+        self.hi.copy_(torch.maximum(self.hi, hi.float()))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the observed range."""

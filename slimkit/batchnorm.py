@@ -1,4 +1,4 @@
-"""Re-estimates batch-norm statistics, which no longer fit after channels were removed."""
+"""Re-estimates batch-norm statistics, which no longer fit after the network in front changed."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimkit.pruning.batchnorm import reestimate_
+from slimkit.batchnorm import reestimate_
 
 BATCHES = list(torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1)
 

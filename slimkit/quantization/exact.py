@@ -1,0 +1,179 @@
+"""The finished model in the integer arithmetic of its backend, to compare files with.
+
+A simulation in float differs from the device where a value lies on the edge between two integers:
+float sums carry rounding errors, sums of integers carry none. One such step in a hundred thousand
+values of an early layer is a few per cent of all values at the end of a deep, narrow network. Here
+convolutions and linear layers sum integers and scale them as the backend's `Scheme.arithmetic`
+says; everything else computes in float as in the simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.calls import Call, Trace, trace
+from slimkit.copies import copied
+from slimkit.interfaces import Scheme
+from slimkit.quantization.fake import QuantizedModel
+from slimkit.quantization.finished import Finished, FinishedMode
+
+_EXACT = 2**24  # integers that float32 holds, so that their sums are exact in any order
+
+
+def exact(quantized: QuantizedModel, example_inputs: tuple[Any, ...]) -> nn.Module:
+    """A module that computes as the backend's file does; the simulation where that is unknown.
+
+    Args:
+        quantized: not changed.
+        example_inputs: the forward's arguments, to trace the model with.
+    """
+    if quantized.fake.scheme.arithmetic == "unknown":
+        return quantized
+    own = copied(quantized)
+    return _Exact(own.cpu().eval(), example_inputs).eval()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What an integer layer needs beside its constants.
+
+    Args:
+        step: scale of the input.
+        output: scale of what the layer's output is rounded to, or None where it stays float.
+        wide: whether sums may leave the integers of float32.
+    """
+
+    step: float
+    output: float | None
+    wide: bool
+
+
+class _Exact(nn.Module):
+    """Runs a finished model's integer layers on integers."""
+
+    def __init__(self, quantized: QuantizedModel, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        # before the finished model empties the weights that it replaces
+        traced = trace(quantized.model, inputs)
+        self.finished = Finished(quantized.model, quantized.fake, inputs)
+        self.scheme = quantized.fake.scheme
+        self.layers: dict[str, _Layer] = {}
+        calls = {call.name: call for call in traced.calls}
+        for name, constants in self.finished.layers.items():
+            source = self.finished.sites.source(calls[name], traced)
+            if constants.scale is None or source is None:
+                continue
+            weight = getattr(self.finished, constants.weight).double()
+            largest = weight.abs().flatten(1).sum(1).max() * (
+                self.scheme.activations.qmax - self.scheme.activations.qmin
+            )
+            self.layers[name] = _Layer(
+                self.finished.roundings[source].scale,
+                self._output_scale(calls[name], traced),
+                bool(largest >= _EXACT),
+            )
+
+    def _output_scale(self, call: Call, traced: Trace) -> float | None:
+        """The scale of the rounding behind `call` and what the backend merges into it."""
+        readers = traced.readers()
+        while True:
+            quantizer = self.finished.moved.get(call.name) or self.finished.sites.outputs.get(
+                call.name
+            )
+            if quantizer is not None:
+                return self.finished.roundings[quantizer].scale
+            behind = readers.get(call.outputs[0], [])
+            fused = self.finished.skipped | {c.name for c in behind if c.op in self.scheme.fuses}
+            if len(behind) != 1 or behind[0].name not in fused:
+                return None
+            call = behind[0]
+
+    def forward(self, *args: Any) -> Any:
+        """The model's outputs, in float32."""
+        with _ExactMode(self):
+            return self.finished.network(*args)
+
+
+class _ExactMode(FinishedMode):
+    """Computes the layers of `_Exact` on integers."""
+
+    def __init__(self, owner: _Exact) -> None:
+        super().__init__(owner.finished)
+        self.owner = owner
+
+    def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        layer = self.owner.layers.get(name)
+        if layer is None:
+            return super().on_call(name, op, func, args, kwargs)
+        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        x = named.pop("input")
+        del named["weight"]
+        named.pop("bias", None)
+        reads = self.sites.inputs.get(name, {})
+        if 0 in reads:
+            x = self.round(reads[0], x)
+        constants = self.finished.layers[name]
+        kind = torch.float64 if layer.wide else torch.float32
+        q = (x.double() / layer.step).round().to(kind)
+        weight = getattr(self.finished, constants.weight).to(kind)
+        sums = func(q, weight, None, *args[3:], **named)
+        assert constants.scale is not None
+        y = _scaled(
+            self.owner.scheme,
+            layer,
+            sums,
+            getattr(self.finished, constants.scale),
+            None if constants.bias is None else getattr(self.finished, constants.bias),
+            1 if op != "linear" else sums.dim() - 1,
+        )
+        quantizer = self.output(name)
+        return y if quantizer is None else self.round(quantizer, y)
+
+    def round(self, quantizer: str, x: Tensor) -> Tensor:
+        """Integers as the backend chooses them, as the float32 values that they stand for."""
+        rounding = self.finished.roundings[quantizer]
+        grid, scale = rounding.grid, torch.tensor(rounding.scale, dtype=torch.float32)
+        if self.owner.scheme.arithmetic == "dequantize":
+            scaled = x.float() * (1.0 / scale.double()).float()
+            q = scaled.sign() * (scaled.abs() + 0.5).floor()
+        else:
+            q = (x / scale.to(x.dtype)).float().round()
+        q = (q + rounding.zero_point).clamp(grid.qmin, grid.qmax)
+        return (q - rounding.zero_point) * scale
+
+
+def _scaled(
+    scheme: Scheme,
+    layer: _Layer,
+    sums: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    axis: int,
+) -> Tensor:
+    """A layer's output from its sums of integers, along whose `axis` the channels lie.
+
+    Float64 where a rounding follows: the float32 value that the backend rounds, times the output's
+    scale, so that dividing by that scale gives it back.
+    """
+    shape = [1] * sums.dim()
+    shape[axis] = -1
+    scale = weight_scale.float()
+    step = torch.tensor(layer.step, dtype=torch.float32)
+    if scheme.arithmetic == "dequantize":
+        factor = 1.0 / ((1.0 / step.double()).float() * (1.0 / scale.double()).float())
+        y = sums.double() * factor.double().reshape(shape)
+        if bias is not None:
+            y = y + bias.double().reshape(shape)
+        return y.float()
+    if bias is not None:
+        sums = sums.double() + bias.double().reshape(shape)
+    if layer.output is None:
+        return sums.float() * (step * scale).reshape(shape)
+    out = torch.tensor(layer.output, dtype=torch.float32)
+    rounded = sums.float() * (step * scale / out).reshape(shape)
+    return rounded.double() * out.double()

@@ -1,0 +1,90 @@
+"""The integer simulation: equal to what the runtime computes, to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import slimkit
+from slimkit.quantization.exact import exact
+
+
+class Mobile(nn.Module):
+    """Depthwise and pointwise layers, batch-norms, ReLU6 and uneven padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, bias=False)
+        self.stem_norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.pointwise = nn.Conv2d(8, 16, 1)
+        self.norm = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu6(self.stem_norm(self.stem(functional.pad(x, (0, 1, 0, 1)))))
+        x = functional.relu6(self.norm(self.pointwise(self.depthwise(x).relu())))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    made = Mobile()
+    for norm in (made.stem_norm, made.norm):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.uniform_(-1, 2)
+        norm.bias.data.normal_()
+    return made.eval()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "ncnn"])
+@torch.no_grad()
+def test_the_file_computes_what_the_integer_simulation_does(backend, net, tmp_path) -> None:
+    x = torch.randn(64, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    quantized = slimkit.quantize(net, [x], backend).eval()
+    artifact = slimkit.export(quantized, x[:1], backend, directory=tmp_path / "net")
+    wanted = artifact.run(x)
+    found = exact(quantized, (x[:1],))(x)
+    # the last layer's float32 sum may be rounded once more or once less
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    if backend == "onnxruntime":  # the simulation in float takes some values for their neighbours
+        assert (quantized(x) - wanted).abs().max() > 1e-4 * wanted.abs().max()
+    assert artifact.agreement == 1.0
+
+
+def test_a_sum_of_integers_is_scaled_as_onnx_runtime_does() -> None:
+    """By hand in NumPy: the sum of products, with its bias, times one float32 factor."""
+    layer = nn.Conv2d(2, 1, 1)
+    layer.weight.data = torch.tensor([[[[0.5]], [[-0.25]]]])
+    layer.bias.data = torch.tensor([0.5])
+    net = nn.Sequential(layer, nn.Conv2d(1, 1, 1)).eval()
+    x = torch.tensor([[[[1.5]], [[0.5]]]])
+    quantized = slimkit.quantize(net, [x], "onnxruntime", activations="minmax")
+    fake = quantized.fake
+    step = float(fake["input0"].qparams()[0])
+    out = float(fake["0:conv2d:0:out"].qparams()[0])
+    weight_step = 0.5 / 127
+    q = np.rint(np.array([1.5, 0.5]) / step)
+    w = np.rint(np.array([0.5, -0.25]) / weight_step)
+    total = int(q @ w) + round(0.5 / (step * weight_step))
+    product = np.float32(np.float32(step) * np.float32(weight_step)) / np.float32(out)
+    expected = np.rint(np.float32(total) * np.float32(product)) * np.float32(out)
+    seen: list[Tensor] = []
+    simulated = exact(quantized, (x,))
+    simulated.finished.network[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    simulated(x)
+    assert seen[0].item() == pytest.approx(float(expected), abs=1e-7)
+
+
+def test_unknown_arithmetic_leaves_the_simulation_as_it_is(net) -> None:
+    x = torch.randn(2, 3, 24, 24)
+    quantized = slimkit.quantize(net, [x], "torch")
+    quantized.fake.scheme = type(quantized.fake.scheme)(
+        **{**vars(quantized.fake.scheme), "arithmetic": "unknown"}
+    )
+    assert exact(quantized, (x,)) is quantized
