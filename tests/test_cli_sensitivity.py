@@ -44,9 +44,7 @@ def test_a_killed_scan_goes_on_and_another_model_starts_over(folder, tmp_path, m
 
     scanned = []
     before = sensitivity.Observed.sqnr_db
-    monkeypatch.setattr(
-        sensitivity.Observed, "sqnr_db", lambda *a: scanned.append(1) or before(*a)
-    )
+    monkeypatch.setattr(sensitivity.Observed, "sqnr_db", lambda *a: scanned.append(1) or before(*a))
     result = invoke("demo", "--quantize", "-o", str(tmp_path), "--json")
     assert result.exit_code == 0
     assert len(scanned) == len(lines) - 1 - 5
