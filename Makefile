@@ -16,9 +16,9 @@ $(DEMO)/.ready: pyproject.toml constraints.txt
 
 # torchvision and timm lie apart, for tests that run architectures in a process of their own: beside
 # a CPU build of torch, torchvision does not import, and torchmetrics imports it where it finds it.
-$(TEST)/.ready: pyproject.toml constraints.txt
+$(TEST)/.ready: pyproject.toml constraints.txt plugins/slimkit-openvino/pyproject.toml
 	$(PYTHON) -m venv $(TEST)
-	$(TEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(TEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable plugins/slimkit-openvino
 	$(TEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(TEST)/zoo $(ZOO)
 	@touch $@
 
@@ -46,6 +46,9 @@ bench: $(TEST)/.ready  ## all of benchmarks/, an hour; SLIMKIT_DATA names the da
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/run.py --tool torch-pruning --output runs/zoo-peer
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/versus.py --output runs/versus.md
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/rounding.py --output runs/rounding.md
+	PYTHONPATH=. $(TEST)/bin/python benchmarks/qat_step.py --output runs/qat_step.md
+	$(TEST)/bin/pip install --quiet --constraint constraints.txt pycocotools
+	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/quantization.py --data $(SLIMKIT_DATA) --output runs/quantization.md
 	$(TEST)/bin/slimkit run benchmarks/cifar10/recipe.yaml --output runs/cifar10
 
 clean:  ## remove environments and caches, keep runs/

@@ -24,9 +24,9 @@ def slimkit_quantizers() -> Iterator[Plugin]:
     yield Plugin("minmax", f"{here}.minmax:MinMax", "Everything that was observed")
     yield Plugin("moving-average", f"{here}.moving_average:MovingAverage", "What batches span")
     yield Plugin("percentile", f"{here}.percentile:Percentile", "All but the rarest values")
-    yield Plugin("kl", f"{here}.kl:KL", "The least loss of information (entropy calibration)")
+    yield Plugin("kl", f"{here}.kl:KL", "Least loss of information (entropy)")
     yield Plugin("mse", f"{here}.mse:MSE", "The smallest rounding error")
-    yield Plugin("aciq", f"{here}.aciq:ACIQ", "The smallest expected error, by formula")
+    yield Plugin("aciq", f"{here}.aciq:ACIQ", "Least expected error, by formula")
     yield Plugin("lsq", f"{here}.lsq:LSQ", "A step size that training finds")
     yield Plugin("pact", f"{here}.pact:PACT", "A clip that training finds")
 
@@ -43,6 +43,6 @@ def slimkit_losses() -> Iterator[Plugin]:
 def slimkit_backends() -> Iterator[Plugin]:
     """Hardware backends."""
     here = "slimkit.builtin.backends"
-    yield Plugin("torch", f"{here}.reference:Reference", "The exported program, run by PyTorch")
+    yield Plugin("torch", f"{here}.reference:Reference", "The exported program, in PyTorch")
     yield Plugin("onnxruntime", f"{here}.onnxruntime:OnnxRuntime", "ONNX file for ONNX Runtime")
-    yield Plugin("ncnn", f"{here}.ncnn:Ncnn", "ncnn files for phones and ARM boards")
+    yield Plugin("ncnn", f"{here}.ncnn:Ncnn", "ncnn files for phones and boards")

@@ -90,6 +90,11 @@ class TestEveryQuantizer:
         seen = observed(make(grid), torch.ones(3, requires_grad=True))
         assert not any(buffer.requires_grad for buffer in seen.buffers())
 
+    def test_each_end_is_that_of_its_own_side(self, make, grid):
+        lo, hi = covered(observed(make(grid), np.linspace(-8, 1, 4000, dtype=np.float32)))
+        assert lo.item() == pytest.approx(-8, rel=0.02)
+        assert hi.item() == pytest.approx(8 if grid.symmetric else 1, rel=0.06)
+
     def test_keeps_zero_exactly(self, make, grid):
         seen = observed(make(grid), noise(1000) + 5)
         assert seen(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
@@ -277,6 +282,11 @@ class TestEveryHistogram:
         assert seen.counts.tolist() == np.bincount(bins, minlength=2 * half + 1).tolist()
         assert seen.counts[half] == 1000
         assert np.abs(x).max() / seen.width.item() > half / 2  # at least half of the bins are used
+
+    @pytest.mark.parametrize("largest", [1.0, 2.0, 2.0**-20])
+    def test_a_power_of_two_fills_all_bins(self, make, largest):
+        seen = observed(make(SYMMETRIC), [-largest, largest / 3, largest])
+        assert seen.counts[[0, -1]].tolist() == [1, 1]
 
 
 def test_every_value_is_counted_once_when_bins_widen():

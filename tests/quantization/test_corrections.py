@@ -372,7 +372,7 @@ def test_auto_ends_no_lower_than_it_began() -> None:
     assert "rounding" in [one.name for one in kept]
     for one, behind in itertools.pairwise(found):
         assert behind.before_db == (one.after_db if one.kept else one.before_db)
-    assert all(one.after_db >= one.before_db + 0.5 for one in kept)
+    assert all(one.after_db >= one.before_db + 0.25 for one in kept)
 
 
 def test_named_corrections_are_applied_in_their_order_and_kept() -> None:

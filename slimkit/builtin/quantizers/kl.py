@@ -14,12 +14,13 @@ ROUNDS = 4  # in which the two ends of an asymmetric range are chosen in turn
 class KL(HistogramQuantizer):
     """Covers the range that loses the least information: entropy calibration.
 
-    For each candidate range, P is the histogram with what is clipped added to its outermost bins,
-    and Q the same bins when all that share an integer look alike; the range with the smallest
-    Kullback-Leibler divergence of Q from P is taken. Candidates are about 1/256 of the largest
-    value apart and have at least one bin for each integer: where the grid has more integers than
-    the histogram has bins (12 bits and more), nothing is clipped. Zeros are not counted, as every
-    grid holds them exactly. The ends of an asymmetric grid's range are chosen in turn.
+    For each candidate range, P is the histogram with what is clipped added to its outermost bin,
+    and Q the same bins, without what is clipped, when all that share an integer look alike; the
+    range with the smallest Kullback-Leibler divergence of Q from P is taken. Candidates are about
+    1/256 of the largest value apart and have at least one bin for each integer: where the grid has
+    more integers than the histogram has bins (13 bits and more), nothing is clipped. Zeros are not
+    counted, as every grid holds them exactly. The ends of an asymmetric grid's range are chosen in
+    turn, each for the values that the other leaves.
 
     Made for activations; on the grids of weights it takes some milliseconds a channel.
 
@@ -39,19 +40,12 @@ class KL(HistogramQuantizer):
         for turn in range(ROUNDS):
             before = left, right
             if turn % 2 == 0 and right:
-                right = _best_end(_cut(counts, zero - left), left, levels) - left
+                right = _best_end(counts[zero - left :], left, levels) - left
             elif turn % 2 and left:
-                left = _best_end(_cut(counts.flip(0), zero - right), right, levels) - right
+                left = _best_end(counts[: zero + right].flip(0), right, levels) - right
             if turn and before == (left, right):
                 break
         return -left * width, right * width
-
-
-def _cut(counts: Tensor, start: int) -> Tensor:
-    """The bins from `start` on, the first of which gets what was in front of it."""
-    kept = counts[start:].clone()
-    kept[:1] += counts[:start].sum()
-    return kept
 
 
 def _used(counts: Tensor) -> int:
@@ -83,7 +77,7 @@ def divergence(counts: Tensor, ends: Tensor, levels: int) -> Tensor:
         levels: number of integers.
 
     Returns:
-        Shape (candidates,); infinite where an integer would have clipped values alone.
+        Shape (candidates,).
     """
     total = counts.sum()
     groups = torch.arange(levels + 1) * ends[:, None] // levels  # (candidates, levels + 1)
@@ -94,10 +88,11 @@ def divergence(counts: Tensor, ends: Tensor, levels: int) -> Tensor:
     last = counts[ends - 1]
     entropy += torch.special.xlogy(last + clipped, last + clipped) - torch.special.xlogy(last, last)
     filled[:, -1] += ((last == 0) & (clipped > 0)).double()
-    seen = inside.clone()
-    seen[:, -1] += clipped  # P's values of each integer
-    level = inside / filled.clamp(min=1) / inside.sum(1, keepdim=True).clamp(min=1)  # Q's bins
-    return entropy / total - total.log() - torch.special.xlogy(seen / total, level).sum(1)
+    outermost = inside[:, -1].clone()
+    inside[:, -1].clamp_(min=1)  # where all is clipped, Q would be 0 and the divergence infinite
+    level = inside / filled.clamp(min=1) / total  # Q's bins
+    inside[:, -1] = outermost + clipped  # P's values of each integer
+    return entropy / total - total.log() - torch.special.xlogy(inside / total, level).sum(1)
 
 
 def _cumulative(values: Tensor) -> Tensor:

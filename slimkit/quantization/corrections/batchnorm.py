@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.batchnorm import reestimate_
+from slimkit.calls import trace
 from slimkit.copies import copied
+from slimkit.quantization.corrections.places import rounded_places
 from slimkit.quantization.fake import FakeQuantization
 
 MOST = 4.0
@@ -39,8 +41,12 @@ def batchnorm_(
         batches: the forward's arguments, one tuple a batch.
 
     Returns:
-        Layer -> why it was left out; never any.
+        Layer -> why it was left out.
     """
+    found = rounded_places(trace(model, batches[0]), fake.sites)
+    skipped = {p.layer: "it has no batch-norm behind it" for p in found if p.norm is None}
+    if len(skipped) == len(found):
+        return skipped
     estimated = []
     for network, rounded in ((reference, False), (model, True)):
         own = copied(network)
@@ -57,4 +63,4 @@ def batchnorm_(
         tiny = torch.finfo(torch.float32).tiny
         factor = (now.running_var + tiny) / (was.running_var + tiny)
         norm.running_var *= factor.clamp(1 / MOST, MOST)
-    return {}
+    return skipped
