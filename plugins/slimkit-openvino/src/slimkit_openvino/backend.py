@@ -27,7 +27,7 @@ class OpenVino(Backend):
 
     OpenVINO's low precision transformations turn a layer into an integer kernel where its input is
     rounded to uint8 or int8 and its weight to int8
-    (https://docs.openvino.ai/2025/documentation/openvino-extensibility/openvino-plugin-library/advanced-guides/low-precision-transformations.html).
+    (https://docs.openvino.ai/2024/documentation/openvino-ir-format/intermediate-representation-int8-inference.html).
     Such a kernel sums in int32, scales the sums to float32, and computes the bias, the activation
     and the rounding to the next layer's uint8 on the way out. So only what such a layer reads is
     rounded: activations, SiLU too, cost next to nothing in float. Sums of branches, means,
