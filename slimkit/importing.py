@@ -1,4 +1,4 @@
-"""Calls what a recipe or a manifest names by import path, also from the current folder."""
+"""Imports what may be missing: what a recipe names by import path, and a backend's packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slimkit.errors import SlimkitError, did_you_mean
+from slimkit.errors import ExportError, SlimkitError, did_you_mean
 
 T = TypeVar("T")
 
@@ -52,3 +52,22 @@ def build(what: Mapping[str, Any], role: str, kind: type[T]) -> T:
             f"{role}: {target} must return a {kind.__name__}, but returned {type(made).__name__}"
         )
     return made
+
+
+def required(module: str, backend: str, distribution: str | None = None) -> Any:
+    """The imported module.
+
+    Args:
+        module: its name.
+        backend: who needs it, for the message.
+        distribution: what to install, where that is called otherwise.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ExportError(
+            f"the {backend} backend needs {module}: pip install {distribution or module}"
+        ) from error

@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from slimkit.builtin.backends.ncnn_model import read_param, to_int8, write_param
 from slimkit.builtin.backends.ncnn_program import MARKER, with_markers
 from slimkit.errors import ExportError
+from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 
 PARAM, BIN, SHAPES = "model.ncnn.param", "model.ncnn.bin", "shapes.json"
@@ -197,8 +197,5 @@ def _last_line(said: list[str]) -> str:
 
 
 def _package(name: str) -> Any:
-    try:
-        with _captured():
-            return import_module(name)
-    except ImportError as error:
-        raise ExportError(f"the ncnn backend needs {name}: pip install {name}") from error
+    with _captured():  # it prints
+        return required(name, "ncnn")

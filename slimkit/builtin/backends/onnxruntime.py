@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
-import io
 import itertools
 import json
-import logging
 import statistics
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +15,9 @@ import torch
 from torch import Tensor
 
 from slimkit.errors import ExportError
+from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
+from slimkit.onnx_export import to_onnx
 
 FILE = "model.onnx"
 _WARM_UP, _PROFILED = 5, 20  # runs
@@ -78,7 +74,7 @@ class OnnxRuntime(Backend):
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.onnx``; from 2 GB on its weights lie beside it in ``model.onnx.data``."""
-        ir = _package("onnx_ir", "onnxscript")
+        ir = required("onnx_ir", "onnxruntime", "onnxscript")
         model = _export(deployable)
         weights = sum(v.const_value.nbytes for v in model.graph.initializers.values())
         data = f"{FILE}.data" if weights > SINGLE_FILE_LIMIT else None
@@ -99,7 +95,7 @@ class OnnxRuntime(Backend):
 
     def operators(self, directory: Path) -> dict[str, int]:
         """Operator types of the graph that ONNX Runtime executes after its own optimizations."""
-        onnx = _package("onnx")
+        onnx = required("onnx", "onnxruntime")
         with tempfile.TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
             _session(directory, 1, optimized)
@@ -133,7 +129,7 @@ def _kernel_times(events: list[dict[str, Any]]) -> dict[str, float]:
 def _session(
     directory: Path, threads: int, optimized: Path | None = None, profile: Path | None = None
 ) -> Any:
-    runtime = _package("onnxruntime")
+    runtime = required("onnxruntime", "onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -157,24 +153,11 @@ def _session(
 
 def _export(deployable: Deployable) -> Any:
     """The program as an `onnx_ir.Model` without anything that a runtime does not need."""
-    _package("onnx")
-    _package("onnxscript")
-    _package("onnx_ir", "onnxscript")
+    program = to_onnx(deployable, "onnxruntime")
+    required("onnx_ir", "onnxruntime", "onnxscript")
     from slimkit.builtin.backends.onnx_graph import keep_integers_
 
-    try:
-        with _quiet():
-            exported = torch.onnx.export(
-                deployable.program, (), dynamo=True, verbose=False, optimize=True
-            )
-    except Exception as error:  # torch.onnx wraps whatever a converter raised
-        raise ExportError(
-            f"torch.onnx cannot express this model: {_reason(error)}. "
-            "Replace that operation in the model by ones that ONNX has"
-        ) from error
-    if exported is None:
-        raise AssertionError("torch.onnx.export returns a program when dynamo=True")
-    model = exported.model
+    model = program.model
     keep_integers_(model)
     _strip_(model)
     return model
@@ -198,33 +181,3 @@ def _strip_(model: Any) -> None:
             value.name, value.shape, value.type = next(names), None, None
     for node in graph:
         node.name = None
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause in one line; it names the operator that has no ONNX counterpart."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No prints, warnings or log lines from torch.onnx; errors still arrive as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _package(module: str, distribution: str | None = None) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ExportError(
-            f"the onnxruntime backend needs {module}: pip install {distribution or module}"
-        ) from error

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from slimkit.errors import ExportError
+from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
-from slimkit_openvino.conversion import convert, package, reason
+from slimkit_openvino.conversion import convert, reason
 
 XML, BIN = "model.xml", "model.bin"
 _WARM_UP, _PROFILED = 5, 20  # runs
@@ -77,7 +78,7 @@ class OpenVino(Backend):
         """Write ``model.xml``, the graph, and ``model.bin``, its constants."""
         with tempfile.TemporaryDirectory() as folder:
             model = convert(deployable, _core(), Path(folder))
-            package("openvino").save_model(model, directory / XML, compress_to_fp16=False)
+            _openvino().save_model(model, directory / XML, compress_to_fp16=False)
         path = directory / XML
         path.write_bytes(re.sub(rb">\s+<", b"><", path.read_bytes()))  # half of it is indentation
 
@@ -157,7 +158,11 @@ class OpenVino(Backend):
 
 @cache
 def _core() -> Any:
-    return package("openvino").Core()
+    return _openvino().Core()
+
+
+def _openvino() -> Any:
+    return required("openvino", "openvino")
 
 
 def _executed(compiled: Any) -> dict[str, str]:

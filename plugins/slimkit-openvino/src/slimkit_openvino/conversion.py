@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from slimkit.errors import ExportError
 from slimkit.interfaces import Deployable
-
-
-def package(module: str, distribution: str | None = None) -> Any:
-    """The imported module, or an error that says how to install it."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ExportError(
-            f"the openvino backend needs {module}: pip install {distribution or module}"
-        ) from error
+from slimkit.onnx_export import to_onnx
 
 
 def convert(deployable: Deployable, core: Any, folder: Path) -> Any:
@@ -46,19 +29,7 @@ def convert(deployable: Deployable, core: Any, folder: Path) -> Any:
     from slimkit_openvino import rewrites  # imports openvino, which `core` shows to be there
 
     path = folder / "model.onnx"
-    package("onnxscript")
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                deployable.program, (), dynamo=True, verbose=False, optimize=True
-            )
-            assert program is not None, "dynamo=True gives a program"
-            program.save(path)
-    except Exception as error:  # torch.onnx wraps whatever a converter raised
-        raise ExportError(
-            f"torch.onnx cannot express this model: {reason(error)}. "
-            "Replace that operation in the model by ones that ONNX has"
-        ) from error
+    to_onnx(deployable, "openvino").save(path)
     try:
         model = core.read_model(path)
     except RuntimeError as error:
@@ -75,24 +46,9 @@ def convert(deployable: Deployable, core: Any, folder: Path) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause in one line; it names the operator that has no counterpart."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """What OpenVINO says in one line; it names the operator that has no counterpart."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # OpenVINO begins with the places in its own source that the error came through
     said = [x for x in lines if not x.startswith(("Exception from", "Check '"))]
     first = (said or lines or [type(error).__name__])[0]
     return first.rstrip(".:")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No prints, warnings or log lines from torch.onnx; errors still arrive as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
