@@ -32,30 +32,18 @@ def run(
     gate of the recipe is missed, the exit code is 3, the new artifact is put into
     <output>.rejected, and the last good one stays.
     """
-    from slimkit.check import problems
-    from slimkit.errors import RecipeError
-    from slimkit.recipe import Recipe
+    from slimkit.cli.recipes import sayer, usable
 
-    path = demo_recipe() if str(recipe) == "demo" else recipe
-    found = problems(path)
-    if found:
-        raise RecipeError(f"{path} cannot be used:", found)
-    what = Recipe.read(path)
+    what, name = usable(recipe)
     if epochs is not None:
         trainer = what.trainer.model_copy(update={"max_epochs": epochs})
         what = what.model_copy(update={"trainer": trainer})
-    target = (
-        output or what.output or Path("runs") / (path.stem if path != demo_recipe() else "demo")
-    )
+    target = output or what.output or Path("runs") / name
 
     from slimkit.cli.results import show
-    from slimkit.progress import line
     from slimkit.progress import quiet as without_bars
 
-    def say(text: str) -> None:
-        if not quiet:
-            line(f"slimkit: {text}")
-
+    say = sayer(quiet)
     with without_bars(quiet):
         say("loading torch and Lightning")
         from slimkit.training.deployment import MissedGates
@@ -67,8 +55,3 @@ def run(
             show(error.release, {}, as_json=as_json)
             raise
     show(release, timing.seconds, as_json=as_json)
-
-
-def demo_recipe() -> Path:
-    """The recipe that ships with slimkit."""
-    return Path(__file__).parent.parent / "demo" / "recipe.yaml"

@@ -48,35 +48,24 @@ def sensitivity(
     Every result is kept at once: a scan that was killed goes on where it was. Written are CSV, JSON
     and a plot.
     """
-    from slimkit.check import problems
-    from slimkit.cli.run import demo_recipe
-    from slimkit.errors import RecipeError, SlimkitError
-    from slimkit.recipe import Recipe
+    from slimkit.cli.recipes import sayer, usable
+    from slimkit.errors import SlimkitError
 
     if not quantize:
         raise SlimkitError("say what to scan: --quantize (pruning has no scan yet)")
-    path = demo_recipe() if str(recipe) == "demo" else recipe
-    found = problems(path)
-    if found:
-        raise RecipeError(f"{path} cannot be used:", found)
-    what = Recipe.read(path)
+    what, stem = usable(recipe)
     if backend is None and not what.export:
         raise SlimkitError("the recipe exports to no backend: choose one with --backend")
     name = backend or what.export[0].name
-    folder = (
-        output or Path("runs") / f"{path.stem if path != demo_recipe() else 'demo'}-sensitivity"
-    )
+    folder = output or Path("runs") / f"{stem}-sensitivity"
 
-    from slimkit.progress import line
     from slimkit.progress import quiet as without_bars
 
-    def say(text: str) -> None:
-        if not quiet:
-            line(f"slimkit: {text}")
-
+    say = sayer(quiet)
     with without_bars(quiet):
         say("loading torch and Lightning")
-        from slimkit.report.sensitivity import as_plain, scan_table, write_scan
+        from slimkit.plain import plain
+        from slimkit.report.sensitivity import scan_table, write_scan
         from slimkit.training.scan import scan
 
         ranked = scan(what, name, folder / f"{name}.jsonl", samples=samples, say=say)
@@ -84,7 +73,7 @@ def sensitivity(
     if as_json:
         import json
 
-        click.echo(json.dumps(as_plain(ranked), indent=1))
+        click.echo(json.dumps(plain(ranked), indent=1))
         return
     from rich.console import Console
 

@@ -1,0 +1,39 @@
+"""What the commands that run a recipe do first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slimkit.recipe import Recipe
+
+
+def usable(given: Path) -> tuple[Recipe, str]:
+    """The recipe in a file, or the one that ships with slimkit for ``demo``, and its name.
+
+    Raises:
+        RecipeError: it has problems; all of them.
+    """
+    from slimkit.check import problems
+    from slimkit.errors import RecipeError
+    from slimkit.recipe import Recipe
+
+    demo = str(given) == "demo"
+    path = Path(__file__).parent.parent / "demo" / "recipe.yaml" if demo else given
+    found = problems(path)
+    if found:
+        raise RecipeError(f"{path} cannot be used:", found)
+    return Recipe.read(path), "demo" if demo else path.stem
+
+
+def sayer(quiet: bool) -> Callable[[str], None]:
+    """Says a line on standard error, or nothing."""
+    from slimkit.progress import line
+
+    def say(text: str) -> None:
+        if not quiet:
+            line(f"slimkit: {text}")
+
+    return say
