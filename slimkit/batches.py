@@ -77,6 +77,11 @@ def first_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(map_tensors(lambda t: t[:1].clone() if t.dim() else t, x) for x in inputs)
 
 
+def samples_of(inputs: tuple[Any, ...], start: int, end: int) -> tuple[Any, ...]:
+    """The inputs of some samples of a batch; what has no batch dimension stays."""
+    return tuple(map_tensors(lambda t: t[start:end] if t.dim() else t, x) for x in inputs)
+
+
 def doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same inputs twice in one batch, for what cannot be computed of one sample alone."""
     return tuple(map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, x) for x in inputs)

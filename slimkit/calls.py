@@ -134,6 +134,16 @@ class Call:
     arguments: Mapping[int | str, Any]
     shape: tuple[int, ...]
 
+    @property
+    def weight_path(self) -> str | None:
+        """Of a call of `WEIGHTED`: the weight's dotted path; None where it is computed."""
+        return self.state.get(1, self.state.get("weight"))
+
+    @property
+    def bias_path(self) -> str | None:
+        """Of a call of `WEIGHTED`: the bias's dotted path; None where it has none of its own."""
+        return self.state.get(2, self.state.get("bias"))
+
 
 @dataclass
 class Trace:

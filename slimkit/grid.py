@@ -56,6 +56,18 @@ class Grid:
             return x.reshape(1, -1)
         return x.transpose(0, self.axis).reshape(self.channels, -1)
 
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and largest value per scale of `x`, which is not empty, in float32.
+
+        Of shape (channels,) per channel, else without a dimension. NaN in `x` shows in both.
+        """
+        if self.per_channel:
+            rows = self.rows(x)
+            lo, hi = rows.amin(1), rows.amax(1)
+        else:
+            lo, hi = x.aminmax()
+        return lo.float(), hi.float()
+
     def qparams(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point so that the grid covers [lo, hi] and holds 0 exactly.
 

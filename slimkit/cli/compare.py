@@ -130,17 +130,11 @@ def _batches(artifact: Path, data: str | None, recipe: dict[str, Any]) -> Iterab
 
 def _plain(runtime: str, found: Agreement, layers: LayerReport | None) -> dict[str, Any]:
     """One file's comparison as plain data; what is infinite becomes null."""
-    import math
-    from dataclasses import asdict
+    from slimkit.deploy.layers import as_plain
+    from slimkit.plain import plain
 
-    from slimkit.deploy.layers import plain
-
-    data = asdict(found)
-    data["sqnr_db"] = [r if math.isfinite(r) else None for r in found.sqnr_db]
-    if not math.isfinite(found.largest_difference):
-        data["largest_difference"] = None
-    listed = {} if layers is None else {"per_layer": plain(layers)}
-    return {"runtime": runtime, "agrees": found.share, **data, **listed}
+    listed = {} if layers is None else {"per_layer": as_plain(layers)}
+    return {"runtime": runtime, "agrees": found.share, **plain(found), **listed}
 
 
 def _show(results: list[tuple[str, Agreement, LayerReport | None]]) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimkit.decibels import decibels
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -72,15 +74,3 @@ def differences(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
     same = (x == y) | (x.isnan() & y.isnan())
     difference = (x - y).abs().nan_to_num(math.inf).masked_fill(same, 0.0)
     return difference, x[x.isfinite()].square().sum().item()
-
-
-def decibels(signal: float, noise: float) -> float:
-    """The ratio of two sums of squares; infinite without noise.
-
-    >>> decibels(100.0, 1.0)
-    20.0
-    """
-    if noise == 0:
-        return math.inf
-    ratio = signal / noise
-    return 10 * math.log10(ratio) if ratio > 0 else -math.inf

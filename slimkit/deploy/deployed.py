@@ -17,7 +17,6 @@ from slimkit.errors import ExportError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, Deployable, Runner, tensors_of
 from slimkit.quantization.exact import exact
-from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import finish
 
 
@@ -125,7 +124,6 @@ def simulate(model: nn.Module, *inputs: Any) -> list[Tensor]:
 
     The simulation is `exact` where the backend's arithmetic is known to the last bit.
     """
-    if isinstance(model, QuantizedModel):
-        model = exact(model, first_sample(inputs))
+    model = exact(model, first_sample(inputs))
     with evaluating(model):
         return tensors_of(model(*inputs))

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from slimkit.batches import first_sample
-from slimkit.calls import map_tensors
-from slimkit.deploy.agreement import decibels, differences
+from slimkit.batches import first_sample, samples_of
+from slimkit.decibels import decibels
+from slimkit.deploy.agreement import differences
 from slimkit.deploy.deployed import compile_, temporary
 from slimkit.deploy.taps import Place, Tapped, places
 from slimkit.errors import ExportError
 from slimkit.interfaces import Backend, Runner, tensors_of
+from slimkit.plain import plain
 from slimkit.progress import track
 from slimkit.quantization.exact import exact
-from slimkit.quantization.fake import QuantizedModel
 
 LEAST_DB = 20.0
 """Below this ratio of signal to difference, a layer counts as departed: a tenth in amplitude."""
@@ -238,9 +238,7 @@ def _compared(
     steps += [None if place is None else place.step for place in tapped.outputs]
     sums = [_Sum(step=step) for step in steps]
     changed = _Sum()
-    model = tapped.model
-    if isinstance(model, QuantizedModel):
-        model = exact(model, first_sample(inputs))
+    model = exact(tapped.model, first_sample(inputs))
     size = next(len(t) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
     count = min(size, samples)
     for n in track(range(count), "comparing layers"):
@@ -254,15 +252,6 @@ def _compared(
         for a, b in zip(real(*flat), deployed[:leaving], strict=True):
             changed.add(a, b)
     return sums, decibels(changed.signal, changed.noise), count
-
-
-def samples_of(inputs: tuple[Any, ...], start: int, end: int) -> tuple[Any, ...]:
-    """The inputs of some samples of a batch; what has no batch dimension stays."""
-
-    def part(t: Tensor) -> Tensor:
-        return t[start:end] if t.dim() else t
-
-    return tuple(map_tensors(part, x) for x in inputs)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -282,27 +271,17 @@ def _unequal(a: dict[str, int], b: dict[str, int]) -> dict[str, tuple[int, int]]
     return {n: (a.get(n, 0), b.get(n, 0)) for n in names if a.get(n, 0) != b.get(n, 0)}
 
 
-def plain(report: LayerReport) -> dict[str, Any]:
-    """The report as plain data for JSON, which knows no infinity: it becomes null."""
-
-    def number(x: float | None) -> float | None:
-        return x if x is not None and math.isfinite(x) else None
-
-    return {
-        "layers": [
-            {
-                "layer": layer.layer,
-                "sqnr_db": number(layer.sqnr_db),
-                "largest_difference": number(layer.largest_difference),
-                "largest_steps": number(layer.largest_steps),
-                "departed": layer.departed,
-            }
-            for layer in report.layers
-        ],
-        "first": None if report.first is None else report.first.layer,
-        "least_db": report.least_db,
-        "inputs": report.inputs,
-        "same_db": number(report.same_db),
-        "verdict": report.verdict,
-        "reservations": report.reservations,
-    }
+def as_plain(report: LayerReport) -> dict[str, Any]:
+    """The report as plain data for JSON."""
+    found: dict[str, Any] = plain(
+        {
+            "layers": report.layers,
+            "first": None if report.first is None else report.first.layer,
+            "least_db": report.least_db,
+            "inputs": report.inputs,
+            "same_db": report.same_db,
+            "verdict": report.verdict,
+            "reservations": report.reservations,
+        }
+    )
+    return found

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from slimkit.batches import first_sample
 from slimkit.deploy.agreement import Agreement, compare
@@ -20,6 +19,7 @@ from slimkit.deploy.measurement import Latency, measure, usable_threads
 from slimkit.deploy.memory import Peak, peaks
 from slimkit.errors import ExportError, SlimkitError
 from slimkit.interfaces import Backend
+from slimkit.plain import plain
 from slimkit.progress import track
 from slimkit.pruning.cost import macs, parameters
 
@@ -72,10 +72,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, which knows no NaN and no infinity: they become null."""
-        data: dict[str, Any] = tree_map(
-            lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf,
-            asdict(self),
-        )
+        data: dict[str, Any] = plain(self)
         return data
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.batches import first_sample, inputs_of, to_cpu
+from slimkit.batches import first_sample, inputs_of, samples_of, to_cpu
 from slimkit.deploy.agreement import Agreement, compare
 from slimkit.deploy.artifact import is_graph, load
 from slimkit.deploy.deployed import Deployed
 from slimkit.deploy.folder import read_manifest
-from slimkit.deploy.layers import LEAST_DB, SAMPLES, LayerReport, per_layer, samples_of
+from slimkit.deploy.layers import LEAST_DB, SAMPLES, LayerReport, per_layer
 from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, tensors_of
@@ -66,9 +66,7 @@ class Reopened:
         for inputs in _inputs(batches, self.network, most):
             try:
                 if model is None:
-                    model = self.simulation
-                    if isinstance(model, QuantizedModel):
-                        model = exact(model, first_sample(inputs))
+                    model = exact(self.simulation, first_sample(inputs))
                 with torch.no_grad(), evaluating(model):
                     simulated.append(tensors_of(model(*inputs)))
                 computed.append(deployed.flat(*inputs))

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimkit.batches import finite, first_sample, inputs_of
-from slimkit.calls import map_tensors
+from slimkit.batches import finite, first_sample, inputs_of, samples_of
 from slimkit.copies import copied
 from slimkit.errors import QuantizationError, SlimkitError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, Grid, Quantizer, tensors_of
 from slimkit.progress import track
+from slimkit.quantization.corrections.apply import apply_
 from slimkit.quantization.fake import Choice, FakeQuantization, Maker, QuantizedModel
+from slimkit.quantization.mixed import fewest_in_float
 from slimkit.registry import discover
 
 AUTO = "auto"
@@ -162,15 +163,11 @@ def quantize(
     calibrate_(fake, own, _noted(whole, own, seen) if corrections else whole, batches)
     result = QuantizedModel(own, fake, name, (weights, activations))
     if AUTO in given:
-        from slimkit.quantization.mixed import fewest_in_float
-
-        few = tuple(map_tensors(lambda t: t[:SCANNED] if t.dim() else t, x) for x in inputs)
+        few = samples_of(inputs, 0, SCANNED)
         metric = None if evaluate is None else _in_evaluation(evaluate)
         least = None if metric is None else metric(own) - drop
         result, _ = fewest_in_float(result, [few], evaluate=metric, least=least)
     if corrections:
-        from slimkit.quantization.corrections.apply import apply_
-
         again = partial(_recalibrate_, result.fake, own, seen, maker(activations))
         result.corrections = apply_(own, result.fake, seen, corrections, again)
     result.training = model.training  # its layers have their own flags, such as frozen batch-norms

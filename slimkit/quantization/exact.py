@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.calls import Call, Trace, trace
+from slimkit.calls import Call, Trace
 from slimkit.copies import copied
 from slimkit.interfaces import Scheme
 from slimkit.quantization.fake import QuantizedModel
@@ -25,17 +25,17 @@ from slimkit.quantization.finished import Finished, FinishedMode
 _EXACT = 2**24  # integers that float32 holds, so that their sums are exact in any order
 
 
-def exact(quantized: QuantizedModel, example_inputs: tuple[Any, ...]) -> nn.Module:
-    """A module that computes as the backend's file does; the simulation where that is unknown.
+def exact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
+    """A module that computes as the backend's file does.
 
     Args:
-        quantized: not changed.
+        model: what `quantize` returned; a float model, and a simulation whose backend's arithmetic
+            is unknown, are given back as they are. Not changed.
         example_inputs: the forward's arguments, to trace the model with.
     """
-    if quantized.fake.scheme.arithmetic == "unknown":
-        return quantized
-    own = copied(quantized)
-    return _Exact(own.cpu().eval(), example_inputs).eval()
+    if not isinstance(model, QuantizedModel) or model.fake.scheme.arithmetic == "unknown":
+        return model
+    return _Exact(copied(model).cpu().eval(), example_inputs).eval()
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ class _Exact(nn.Module):
 
     def __init__(self, quantized: QuantizedModel, inputs: tuple[Any, ...]) -> None:
         super().__init__()
-        # before the finished model empties the weights that it replaces
-        traced = trace(quantized.model, inputs)
         self.finished = Finished(quantized.model, quantized.fake, inputs)
+        traced = self.finished.traced
         self.scheme = quantized.fake.scheme
         self.layers: dict[str, _Layer] = {}
         calls = {call.name: call for call in traced.calls}

@@ -96,7 +96,7 @@ class Finished(nn.Module):
     ) -> None:
         super().__init__()
         self.network = model
-        traced = trace(model, inputs)
+        self.traced = traced = trace(model, inputs)
         self.sites = fake.sites if fake is not None else Sites()
         self.roundings: dict[str, _Rounding] = {}
         for name in self.sites.activations:
@@ -132,8 +132,8 @@ class Finished(nn.Module):
         traced: Trace,
     ) -> None:
         """Make one layer's constants: folded, and integer where it is quantized."""
-        weight = state[call.state.get(1, call.state.get("weight", ""))].detach()
-        bias_path = call.state.get(2, call.state.get("bias"))
+        weight = state[call.weight_path or ""].detach()
+        bias_path = call.bias_path
         bias = state[bias_path].detach().clone() if bias_path is not None else None
         factor = None
         if norm is not None:
@@ -243,7 +243,7 @@ def _foldable(traced: Trace) -> dict[str, Call]:
     readers = traced.readers()
     found = {}
     for call in traced.calls:
-        if call.op not in _FOLDS_INTO or (1 not in call.state and "weight" not in call.state):
+        if call.op not in _FOLDS_INTO or call.weight_path is None:
             continue
         behind = readers.get(call.outputs[0], [])
         flat = call.op != "linear" or len(call.shape) == 2

@@ -6,7 +6,6 @@ sigmoids mixes quantities of different size (a detector's boxes and scores).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.calls import Call, CallMode, Trace, trace
+from slimkit.decibels import decibels
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Scheme, tensors_of
 from slimkit.progress import track
@@ -87,7 +87,7 @@ class Observed:
         noise, signal = self.noise(fake)
         ratios = [n / s for n, s in zip(noise, signal, strict=True) if s > 0]
         mean = sum(ratios) / max(1, len(ratios))
-        return math.inf if mean == 0 else -10 * math.log10(mean)
+        return decibels(1.0, mean)
 
     def noise(self, fake: FakeQuantization) -> tuple[list[float], list[float]]:
         """Sums of squared differences and of squared values, one per watched output."""

@@ -117,7 +117,7 @@ def _obstacle(call: Call, keep_float: Sequence[str]) -> str:
         if fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(call.name, pattern):
             return f"kept in float by {pattern!r}"
     if call.op in WEIGHTED:
-        if 1 not in call.state and "weight" not in call.state:
+        if call.weight_path is None:
             return "its weight is computed, not a parameter"
         if len(call.inputs) != 1:
             return "its input is a parameter"
@@ -146,7 +146,7 @@ def _weights(integer: dict[str, Call]) -> dict[str, tuple[str, str]]:
     found = {}
     for name, call in integer.items():
         if call.op in WEIGHTED:
-            path = call.state.get(1, call.state.get("weight", ""))
+            path = call.weight_path or ""
             found[name] = (f"{path.replace('.', '/')}:weight", path)
     return found
 

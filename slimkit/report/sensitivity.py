@@ -6,12 +6,11 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
+from slimkit.plain import plain
 from slimkit.quantization.sensitivity import Sensitivity
 
 SHOWN = 30  # places in the plot
@@ -25,17 +24,9 @@ def write_scan(folder: Path, name: str, ranked: Sequence[Sensitivity]) -> list[P
         writer.writerow(["place", "kind", "sqnr_db", "calls"])
         for one in ranked:
             writer.writerow([one.quantizer, one.kind, one.sqnr_db, " ".join(one.calls)])
-    paths[1].write_text(json.dumps(as_plain(ranked), indent=1) + "\n", encoding="utf-8")
+    paths[1].write_text(json.dumps(plain(ranked), indent=1) + "\n", encoding="utf-8")
     _plot(paths[2], ranked)
     return paths
-
-
-def as_plain(ranked: Sequence[Sensitivity]) -> list[dict[str, Any]]:
-    """Plain data for JSON, which knows no infinity: it becomes null."""
-    rows = [asdict(one) for one in ranked]
-    for row in rows:
-        row["sqnr_db"] = row["sqnr_db"] if math.isfinite(row["sqnr_db"]) else None
-    return rows
 
 
 def scan_table(ranked: Sequence[Sensitivity], shown: int) -> Table:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from slimkit.deploy.release import Row, release
 from slimkit.deploy.verdict import verdicts
 from slimkit.errors import GateError, SlimkitError
 from slimkit.interfaces import Backend
+from slimkit.plain import plain
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.recipe import Metric
@@ -235,7 +235,7 @@ def _quantized(
             keep_float=section.keep_float,
             evaluate=evaluate,
             drop=drop,
-            corrections="auto" if "auto" in section.corrections else section.corrections,
+            corrections=section.corrections,
             weight_bits=section.weight_bits,
         )
         if trained is not None:
@@ -303,7 +303,7 @@ def _write(
         "rows": [row.as_dict() for row in result.rows],
         "verdicts": result.verdicts,
         "missed": misses,
-        "corrections": {name: _plain(made.corrections) for name, made in quantized.items()},
+        "corrections": {name: plain(made.corrections) for name, made in quantized.items()},
         "pruning": None if report is None else {"groups": report.groups, "frozen": report.frozen},
     }
     write_report(work / "report.html", metrics, recipe.to_yaml())
@@ -316,14 +316,6 @@ def _write(
         metrics=metrics,
     )
     write(work, contents)
-
-
-def _plain(records: list[Any]) -> Any:
-    """Dataclasses as data for JSON, which knows no infinity: it becomes null."""
-    return tree_map(
-        lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf,
-        [asdict(record) for record in records],
-    )
 
 
 def rejected(directory: Path) -> Path:

@@ -13,8 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from slimkit.batches import inputs_of, to_cpu
-from slimkit.calls import map_tensors
+from slimkit.batches import inputs_of, samples_of, to_cpu
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.quantization.calibration import quantize
@@ -71,10 +70,7 @@ def scan(
         batches=section.calibration_batches,
         keep_float=kept,
     ).eval()
-    few = tuple(
-        map_tensors(lambda t: t[:samples] if t.dim() else t, x)
-        for x in to_cpu(inputs_of(batches[0], model))
-    )
+    few = samples_of(to_cpu(inputs_of(batches[0], model)), 0, samples)
     key = _key(quantized, few, backend)
     known = _read(journal, key)
     if known:

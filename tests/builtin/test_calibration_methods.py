@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from observing import observed
 
 from slimkit.builtin.quantizers.aciq import ACIQ, laplace_clip, normal_clip
 from slimkit.builtin.quantizers.kl import KL, divergence
@@ -28,12 +29,6 @@ VALUES = {
     "outlier": np.append(RNG(6).normal(size=20_000), 30.0),
 }
 VALUES = {name: x.astype(np.float32) for name, x in VALUES.items()}
-
-
-def observed(quantizer, *batches):
-    for batch in batches:
-        quantizer.observe(torch.as_tensor(batch))
-    return quantizer
 
 
 def covered(quantizer):

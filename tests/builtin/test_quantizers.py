@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from observing import observed
 
 from slimkit.builtin.quantizers.aciq import ACIQ
 from slimkit.builtin.quantizers.kl import KL
@@ -27,12 +28,6 @@ GRIDS = {
     for bits, signed, symmetric in itertools.product((2, 4, 8, 16), (False, True), (False, True))
 }
 finite = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
-
-
-def observed(quantizer, *batches):
-    for batch in batches:
-        quantizer.observe(torch.as_tensor(batch))
-    return quantizer
 
 
 def covered(quantizer):

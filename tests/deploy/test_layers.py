@@ -14,7 +14,7 @@ import slimkit
 from slimkit.builtin.backends.reference import Reference
 from slimkit.deploy.deployed import compile_
 from slimkit.deploy.folder import sha256
-from slimkit.deploy.layers import per_layer, plain, spread
+from slimkit.deploy.layers import as_plain, per_layer, spread
 from slimkit.deploy.taps import Tapped, places
 from slimkit.errors import ExportError
 from slimkit.interfaces import tensors_of
@@ -176,7 +176,7 @@ def test_nested_outputs_are_numbered_where_no_layer_makes_them() -> None:
 
 def test_the_report_is_strict_json() -> None:
     report = per_layer(quantized(conv_norm()), Reference(), (X,))
-    found = json.loads(json.dumps(plain(report), allow_nan=False))
+    found = json.loads(json.dumps(as_plain(report), allow_nan=False))
     assert found["layers"][0]["layer"] == "0"
     assert found["first"] is None
     assert found["layers"][0]["sqnr_db"] is None or found["layers"][0]["sqnr_db"] > 40

@@ -27,13 +27,9 @@ class MinMax(Quantizer):
         """Widen the range to hold `x`; zero is always inside."""
         if not x.numel():
             return
-        if self.grid.per_channel:
-            rows = self.grid.rows(x)
-            lo, hi = rows.amin(1), rows.amax(1)
-        else:
-            lo, hi = x.aminmax()
-        self.lo.copy_(torch.minimum(self.lo, lo.float()))
-        self.hi.copy_(torch.maximum(self.hi, hi.float()))
+        lo, hi = self.grid.ends(x)
+        self.lo.copy_(torch.minimum(self.lo, lo))
+        self.hi.copy_(torch.maximum(self.hi, hi))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the observed range."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkit.interfaces import Grid, Quantizer
+from slimkit.builtin.quantizers.minmax import MinMax
+from slimkit.interfaces import Grid
 
 
-class MovingAverage(Quantizer):
+class MovingAverage(MinMax):
     """Covers the exponential moving average of the batches' smallest and largest values.
 
     A rare outlier widens the range only for a while. Unlike the other quantizers', the range
@@ -22,8 +23,6 @@ class MovingAverage(Quantizer):
             the last batch alone.
     """
 
-    lo: Tensor
-    hi: Tensor
     batches: Tensor
 
     def __init__(self, grid: Grid, *, momentum: float = 0.9) -> None:
@@ -31,8 +30,6 @@ class MovingAverage(Quantizer):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, not {momentum}")
         self.momentum = momentum
-        self.register_buffer("lo", torch.zeros(grid.channels))
-        self.register_buffer("hi", torch.zeros(grid.channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -40,16 +37,7 @@ class MovingAverage(Quantizer):
         """Move the range towards that of `x`; the first one sets it."""
         if not x.numel():
             return
-        if self.grid.per_channel:
-            rows = self.grid.rows(x)
-            ends = rows.amin(1), rows.amax(1)
-        else:
-            ends = x.amin(), x.amax()
-        for average, end in zip((self.lo, self.hi), ends, strict=True):
-            moved = average.lerp(end.float(), 1 - self.momentum)
-            average.copy_(torch.where(self.batches > 0, moved, end.float()))
+        for average, end in zip((self.lo, self.hi), self.grid.ends(x), strict=True):
+            moved = average.lerp(end, 1 - self.momentum)
+            average.copy_(torch.where(self.batches > 0, moved, end))
         self.batches += 1
-
-    def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the averaged range."""
-        return self.grid.qparams(self.lo, self.hi)

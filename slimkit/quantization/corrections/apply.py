@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from slimkit.calls import Call, trace
 from slimkit.copies import copied
+from slimkit.decibels import decibels
 from slimkit.errors import QuantizationError
 from slimkit.quantization.corrections.batchnorm import batchnorm_
 from slimkit.quantization.corrections.beside import Meet, beside, joined
@@ -82,8 +82,9 @@ def apply_(
     Raises:
         QuantizationError: there is no correction of that name, or no batch.
     """
-    automatic = names == "auto"
-    given = NAMES if automatic else (names,) if isinstance(names, str) else tuple(names)
+    given = (names,) if isinstance(names, str) else tuple(names)
+    automatic = given == ("auto",)
+    given = NAMES if automatic else given
     unknown = [name for name in given if name not in NAMES]
     if unknown:
         raise QuantizationError(
@@ -185,13 +186,8 @@ class _Measure:
         beside(self.model, self.reference, fake, self.inputs, self.calls, compared)
         last = [ratio for name, ratio in ratios.items() if name in self.last]
         mean = sum(last) / max(1, len(last))
-        layers = {self.layers[k]: _decibels(r) for k, r in ratios.items() if k in self.layers}
-        return _decibels(mean), layers
-
-
-def _decibels(ratio: float) -> float:
-    """Of noise to signal, turned into signal to noise."""
-    return -10 * math.log10(ratio) if ratio > 0 else math.inf
+        layers = {self.layers[k]: decibels(1.0, r) for k, r in ratios.items() if k in self.layers}
+        return decibels(1.0, mean), layers
 
 
 class _Saved:

@@ -27,12 +27,12 @@ class Place:
     @property
     def weight(self) -> str:
         """The weight's dotted path."""
-        return self.call.state.get(1, self.call.state.get("weight", ""))
+        return self.call.weight_path or ""
 
     @property
     def bias(self) -> str | None:
         """The bias's dotted path."""
-        return self.call.state.get(2, self.call.state.get("bias"))
+        return self.call.bias_path
 
     @property
     def layer(self) -> str:
@@ -61,7 +61,7 @@ def places(traced: Trace) -> list[Place]:
     used = Counter(path for call in traced.calls for path in set(call.state.values()))
     found = []
     for call in traced.calls:
-        if call.op not in WEIGHTED or (1 not in call.state and "weight" not in call.state):
+        if call.op not in WEIGHTED or call.weight_path is None:
             continue
         behind = readers.get(call.outputs[0], [])
         norm = None
