@@ -11,15 +11,13 @@ steps until half of the multiply-accumulates are gone.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
-from run import TOOLS, architectures, one, verdict
+from rows import architectures, machine
+from run import TOOLS, one, verdict
 
 NAMES = "resnet50,mobilenet_v2,densenet121,cspdarknet53,swin_t,vit_b_16"
 HEADS = """| architecture | slimkit | s | MiB | Torch-Pruning, one step | s | MiB | ratio |\
@@ -64,8 +62,7 @@ def main() -> None:
         earlier = found.setdefault((name, tool), [])
         if not earlier or "failure" not in earlier[-1]:
             earlier.append(one(library, name, tool, 0.5, given.limit))
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "torch-pruning"))
-    where = f"{platform.machine()}, {os.cpu_count()} cores, {packages}"
+    where = machine("torch", "torch-pruning")
     lines = [HEADS, *(line(name, found) for _, name in wanted)]
     table = "\n".join([*lines, "", f"Medians of {given.repeat} processes ({where}).", ""])
     print(table)
