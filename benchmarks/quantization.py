@@ -29,6 +29,7 @@ from torch import Tensor
 import slimkit
 from slimkit.deploy.agreement import compare
 from slimkit.deploy.measurement import measure
+from slimkit.errors import SlimkitError
 from slimkit.registry import discover
 
 HEADS = """| network | runtime | tool | metric, float | int8 | agrees | file | dB |\
@@ -107,11 +108,17 @@ def lines(t: Task, runtimes: list[str], given: argparse.Namespace) -> list[str]:
     """The rows of one network."""
     with torch.no_grad():
         reference = outputs(t.model, t.test)
-    plain, files = {}, []
+    plain: dict[str, Any] = {}
+    files: list[Made] = []
+    refused: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for runtime in runtimes:
-            made, plain[runtime] = slim(t, runtime, given, folder)
+            try:
+                made, plain[runtime] = slim(t, runtime, given, folder)
+            except SlimkitError as error:
+                refused.append((runtime, " ".join(str(error).split())))
+                continue
             files += [made, *([] if given.no_peers else peers(t, runtime, folder))]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -119,7 +126,7 @@ def lines(t: Task, runtimes: list[str], given: argparse.Namespace) -> list[str]:
         runs |= {f"{m.runtime} {m.tool}": m.run for m in files}
         times = measure(runs, (t.example,), seconds=given.seconds)
         torch.set_num_threads(threads)
-        rows = []
+        rows = [f"| {t.name} | {name} | slimkit | {why} |" for name, why in refused]
         for m in files:
             found = outputs(lambda x, run=m.run: one_by_one(run, x), t.test)
             agrees = ""
@@ -151,7 +158,7 @@ def main() -> None:
     parser.add_argument("--weights", default="minmax")
     parser.add_argument("--activations", default="percentile")
     parser.add_argument("--keep-float", nargs="*", default=["auto"])
-    parser.add_argument("--corrections", default="")
+    parser.add_argument("--corrections", default="auto", help="empty for none")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--output", type=Path, help="Markdown file for the table")

@@ -141,7 +141,9 @@ class Scheme:
             scale / output scale, rounded half to even; what is rounded elsewhere is divided by its
             scale. ``dequantize``: the sum times one float32 scale plus the bias, rounded once to
             float32; what is rounded is multiplied by the reciprocal of its scale, half away from
-            zero. ``unknown``: not to the last bit.
+            zero. ``fused``: the sum times one float32 scale, and then plus the bias, each rounded
+            to float32; what layers make is rounded by one multiply-add with the reciprocal of its
+            scale, half to even. ``unknown``: not to the last bit.
         bias_bits: 32 where the bias is an integer too, of scale input * weight; None where float.
     """
 
@@ -155,7 +157,7 @@ class Scheme:
     float_outputs: bool = False
     bias_bits: int | None = None
     depthwise: bool = True
-    arithmetic: Literal["unknown", "requantize", "dequantize"] = "unknown"
+    arithmetic: Literal["unknown", "requantize", "dequantize", "fused"] = "unknown"
 
     def narrowed(self, weight_bits: int | None) -> Scheme:
         """The same with weights of fewer bits, which the backend stores and computes as its own.

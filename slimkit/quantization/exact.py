@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from slimkit.calls import Call, Trace
 from slimkit.copies import copied
-from slimkit.interfaces import Scheme
+from slimkit.quantization.arithmetic import ARITHMETICS, float32
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import Finished, FinishedMode
+from slimkit.quantization.sites import is_input
 
 _EXACT = 2**24  # integers that float32 holds, so that their sums are exact in any order
 
@@ -61,6 +62,7 @@ class _Exact(nn.Module):
         self.finished = Finished(quantized.model, quantized.fake, inputs)
         traced = self.finished.traced
         self.scheme = quantized.fake.scheme
+        self.arithmetic = ARITHMETICS[self.scheme.arithmetic]
         self.layers: dict[str, _Layer] = {}
         calls = {call.name: call for call in traced.calls}
         for name, constants in self.finished.layers.items():
@@ -121,14 +123,20 @@ class _ExactMode(FinishedMode):
         q = (x.double() / layer.step).round().to(kind)
         weight = getattr(self.finished, constants.weight).to(kind)
         sums = func(q, weight, None, *args[3:], **named)
+        axis = 1 if op != "linear" else sums.dim() - 1
+
+        def spread(name: str) -> Tensor:
+            values: Tensor = getattr(self.finished, name)
+            values = values.repeat(sums.shape[axis] // len(values))  # of a transposed one's groups
+            return values.reshape([-1 if n == axis else 1 for n in range(sums.dim())])
+
         assert constants.scale is not None
-        y = _scaled(
-            self.owner.scheme,
-            layer,
+        y = self.owner.arithmetic.scaled(
             sums,
-            getattr(self.finished, constants.scale),
-            None if constants.bias is None else getattr(self.finished, constants.bias),
-            1 if op != "linear" else sums.dim() - 1,
+            float32(layer.step),
+            spread(constants.scale).float(),
+            None if constants.bias is None else spread(constants.bias),
+            None if layer.output is None else float32(layer.output),
         )
         quantizer = self.output(name)
         return y if quantizer is None else self.round(quantizer, y)
@@ -136,43 +144,7 @@ class _ExactMode(FinishedMode):
     def round(self, quantizer: str, x: Tensor) -> Tensor:
         """Integers as the backend chooses them, as the float32 values that they stand for."""
         rounding = self.finished.roundings[quantizer]
-        grid, scale = rounding.grid, torch.tensor(rounding.scale, dtype=torch.float32)
-        if self.owner.scheme.arithmetic == "dequantize":
-            scaled = x.float() * (1.0 / scale.double()).float()
-            q = scaled.sign() * (scaled.abs() + 0.5).floor()
-        else:
-            q = (x / scale.to(x.dtype)).float().round()
-        q = (q + rounding.zero_point).clamp(grid.qmin, grid.qmax)
-        return (q - rounding.zero_point) * scale
-
-
-def _scaled(
-    scheme: Scheme,
-    layer: _Layer,
-    sums: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    axis: int,
-) -> Tensor:
-    """A layer's output from its sums of integers, along whose `axis` the channels lie.
-
-    Float64 where a rounding follows: the float32 value that the backend rounds, times the output's
-    scale, so that dividing by that scale gives it back.
-    """
-    shape = [1] * sums.dim()
-    shape[axis] = -1
-    scale = weight_scale.float()
-    step = torch.tensor(layer.step, dtype=torch.float32)
-    if scheme.arithmetic == "dequantize":
-        factor = 1.0 / ((1.0 / step.double()).float() * (1.0 / scale.double()).float())
-        y = sums.double() * factor.double().reshape(shape)
-        if bias is not None:
-            y = y + bias.double().reshape(shape)
-        return y.float()
-    if bias is not None:
-        sums = sums.double() + bias.double().reshape(shape)
-    if layer.output is None:
-        return sums.float() * (step * scale).reshape(shape)
-    out = torch.tensor(layer.output, dtype=torch.float32)
-    rounded = sums.float() * (step * scale / out).reshape(shape)
-    return rounded.double() * out.double()
+        grid, scale = rounding.grid, float32(rounding.scale)
+        at_input = is_input(quantizer)
+        q = self.owner.arithmetic.integers(x, scale, rounding.zero_point, at_input)
+        return (q.clamp(grid.qmin, grid.qmax) - rounding.zero_point) * scale

@@ -28,6 +28,9 @@ PAIRWISE = ("add", "mul", "sub", "div", "matmul")
 """Operations that compute on integers only if both arguments are tensors made by the model."""
 
 
+_INPUT = "input"  # and a number: what rounds an input of the model
+
+
 @dataclass(frozen=True)
 class Sites:
     """Where the fake-quantizers of one model sit.
@@ -96,6 +99,11 @@ def find_sites(trace: Trace, scheme: Scheme, keep_float: Sequence[str] = ()) -> 
         }
         return Sites(inputs, {}, _weights(integer), skipped)
     return _on_tensors(trace, scheme, integer, skipped)
+
+
+def is_input(quantizer: str) -> bool:
+    """Whether a quantizer of placement ``tensors`` rounds an input of the model."""
+    return quantizer.startswith(_INPUT) and ":" not in quantizer  # calls have a colon
 
 
 def tail_of(trace: Trace) -> set[str]:
@@ -177,11 +185,11 @@ def _on_tensors(
     for n, number in enumerate(trace.inputs):
         if number not in wanted:
             continue
-        rounded[number] = f"input{n}"
+        rounded[number] = f"{_INPUT}{n}"
         for reader in readers.get(number, []):
             for position, read in enumerate(reader.inputs):
                 if read == number and (reader.name in integer or _keeps(reader, scheme)):
-                    inputs.setdefault(reader.name, {})[position] = f"input{n}"
+                    inputs.setdefault(reader.name, {})[position] = f"{_INPUT}{n}"
     merged: set[str] = set()
     for call in trace.calls:
         if call.name in merged:

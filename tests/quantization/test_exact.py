@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import slimkit
+from slimkit.builtin.backends.onnxruntime import OnnxRuntime
+from slimkit.quantization.arithmetic import ARITHMETICS, float32
 from slimkit.quantization.exact import exact
 
 
@@ -79,6 +83,45 @@ def test_a_sum_of_integers_is_scaled_as_onnx_runtime_does() -> None:
     simulated.finished.network[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     simulated(x)
     assert seen[0].item() == pytest.approx(float(expected), abs=1e-7)
+
+
+@pytest.mark.parametrize("name", list(ARITHMETICS))
+@torch.no_grad()
+def test_channels_of_a_grouped_transposed_convolution_keep_their_own_scale(name: str) -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Conv2d(6, 2, 1)).eval()
+    net[0].weight.copy_(torch.randint(-127, 128, (4, 3, 2, 2)))
+    net[0].weight[:, :, 0, 0] = 127
+    net[0].weight.mul_(torch.tensor([0.5, 2.0, 8.0])[:, None, None])
+    net[0].bias.copy_(torch.arange(6.0))
+    operations = OnnxRuntime.scheme.operations | {"conv_transpose2d"}
+    x = torch.randint(0, 256, (4, 4, 3, 3)).float()
+    x[0, 0, 0, :2] = torch.tensor([0.0, 255.0])
+
+    class Backend(OnnxRuntime):
+        scheme = replace(OnnxRuntime.scheme, operations=operations, arithmetic=name, bias_bits=None)
+
+    quantized = slimkit.quantize(net, [x], Backend(), activations="minmax").eval()
+    seen: list[Tensor] = []
+    simulated = exact(quantized, (x[:1],))
+    for module in (quantized.model[0], simulated.finished.network[0]):
+        module.register_forward_hook(lambda _, args, output: seen.append(output))
+    quantized(x)
+    simulated(x)
+    apart = (seen[1] - seen[0]).abs() > 1e-4 * seen[0].abs().max()
+    assert apart.double().mean() < 0.01  # a value between two integers may go either way
+
+
+def test_openvino_rounds_products_and_sums_one_after_the_other() -> None:
+    """By hand in NumPy, with numbers for which a fused sum would differ in the last bit."""
+    sums, bias = np.arange(1, 2001, dtype=np.float32), np.float32(0.1)
+    step, scale = np.float32(0.013), np.float32(0.0071)
+    wanted = np.float32(sums * np.float32(step * scale)) + bias
+    found = ARITHMETICS["fused"].scaled(
+        torch.from_numpy(sums), float32(0.013), float32(0.0071), float32(0.1), None
+    )
+    assert np.array_equal(found.numpy(), wanted)
+    at_once = sums.astype(np.float64) * np.float64(np.float32(step * scale)) + np.float64(bias)
+    assert not np.array_equal(at_once.astype(np.float32), wanted)
 
 
 def test_unknown_arithmetic_leaves_the_simulation_as_it_is(net) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import slimkit
 from slimkit.errors import ExportError
 from slimkit.interfaces import Deployable, Runner, tensors_of
+from slimkit.quantization.exact import exact
 from slimkit.quantization.finished import finish
 
 pytest.importorskip("openvino", reason="needs openvino: pip install openvino")
@@ -125,6 +126,16 @@ def test_an_int8_file_computes_what_the_simulation_computes(
 
 
 LAYERS = {"residual": (3, 1), "depthwise": (3, 1), "attention": (0, 4), "detector": (5, 0)}
+
+
+@torch.no_grad()
+def test_a_chain_of_layers_equals_the_integer_simulation(int8: dict[str, Case]) -> None:
+    made = int8["depthwise"]
+    simulated, found = made.compared()
+    wanted = exact(made.model, tuple(x[:1] for x in made.inputs))(*made.inputs)
+    # where sums of floats are rounded once more or once less, and nowhere an integer step apart
+    assert (wanted - found).abs().max() <= 1e-6 * found.abs().max()
+    assert (simulated - found).abs().max() > 1e-4 * found.abs().max()  # the one in float is
 
 
 def test_every_layer_with_weights_computes_on_integers(int8: dict[str, Case], name: str) -> None:

@@ -60,6 +60,7 @@ class OpenVino(Backend):
         ),
         fuses=frozenset({"batch_norm", "relu", "relu6", "hardtanh", "clamp", "clip"}),
         float_outputs=True,
+        arithmetic="fused",
     )
 
     def __init__(self, *, precision: Literal["f32", "bf16", "auto"] = "f32") -> None:

@@ -1,0 +1,134 @@
+"""How each kind of runtime rounds and scales, operation by operation in the same precision.
+
+`Scheme.arithmetic` names one of these. Each step below is rounded to float32 where the runtime
+rounds it, which decides on which side of the edge between two integers a value falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Arithmetic(Protocol):
+    """What a runtime computes around its sums of integers."""
+
+    def integers(self, x: Tensor, scale: Tensor, zero_point: int, at_input: bool) -> Tensor:
+        """The integers that `x` is rounded to, not yet clamped.
+
+        Args:
+            x: float values.
+            scale: float32, a number.
+            zero_point: added.
+            at_input: whether `x` enters the model here, and no layer makes it.
+        """
+
+    def scaled(
+        self,
+        sums: Tensor,
+        step: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        output: Tensor | None,
+    ) -> Tensor:
+        """A layer's output.
+
+        Args:
+            sums: of products of integers, without the bias.
+            step: float32, the input's scale.
+            scale: float32, the weights' scale of each channel, shaped to spread over `sums`.
+            bias: the same shape; integers where the scheme's bias is one.
+            output: float32, the scale that the output is rounded with next; None if it is not.
+        """
+
+
+class Requantize:
+    """ONNX Runtime: the sum with its bias times one float32 factor, half to even."""
+
+    def integers(self, x: Tensor, scale: Tensor, zero_point: int, at_input: bool) -> Tensor:
+        """`x` divided by its scale."""
+        del at_input
+        return (x / scale.to(x.dtype)).float().round() + zero_point
+
+    def scaled(
+        self,
+        sums: Tensor,
+        step: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        output: Tensor | None,
+    ) -> Tensor:
+        """In float64 where a rounding follows.
+
+        That is the float32 value that the runtime rounds, times the output's scale, so that
+        dividing by that scale gives it back.
+        """
+        if bias is not None:
+            sums = sums.double() + bias.double()
+        if output is None:
+            return sums.float() * (step * scale)
+        return (sums.float() * (step * scale / output)).double() * output.double()
+
+
+class Dequantize:
+    """ncnn: the sum times one float32 scale plus the bias, rounded once; half away from zero."""
+
+    def integers(self, x: Tensor, scale: Tensor, zero_point: int, at_input: bool) -> Tensor:
+        """`x` times the reciprocal of its scale."""
+        del at_input
+        scaled = x.float() * (1.0 / scale.double()).float()
+        return scaled.sign() * (scaled.abs() + 0.5).floor() + zero_point
+
+    def scaled(
+        self,
+        sums: Tensor,
+        step: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        output: Tensor | None,
+    ) -> Tensor:
+        """One fused multiply-add."""
+        del output
+        factor = 1.0 / ((1.0 / step.double()).float() * (1.0 / scale.double()).float())
+        y = sums.double() * factor.double()
+        return (y if bias is None else y + bias.double()).float()
+
+
+class Fused:
+    """OpenVINO: the sum times one float32 scale, plus the bias; rounding fused behind it."""
+
+    def integers(self, x: Tensor, scale: Tensor, zero_point: int, at_input: bool) -> Tensor:
+        """A fused multiply-add where a layer made `x`, half to even."""
+        inverse = 1.0 / scale
+        if at_input:
+            return (x.float() * inverse).round() + zero_point
+        shift = -((-zero_point * scale) * inverse)
+        return (x.double() * inverse.double() + shift.double()).float().round()
+
+    def scaled(
+        self,
+        sums: Tensor,
+        step: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        output: Tensor | None,
+    ) -> Tensor:
+        """Rounded to float32 after the product and after the sum."""
+        del output
+        y = sums.float() * (step * scale)
+        return y if bias is None else y + bias.float()
+
+
+ARITHMETICS: Mapping[str, Arithmetic] = {
+    "requantize": Requantize(),
+    "dequantize": Dequantize(),
+    "fused": Fused(),
+}
+
+
+def float32(value: float) -> Tensor:
+    """A number as the runtimes hold it."""
+    return torch.tensor(value, dtype=torch.float32)
