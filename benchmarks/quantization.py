@@ -30,6 +30,7 @@ import slimkit
 from slimkit.deploy.agreement import compare
 from slimkit.deploy.measurement import measure
 from slimkit.errors import SlimkitError
+from slimkit.quantization.exact import exact
 from slimkit.registry import discover
 
 HEADS = """| network | runtime | tool | metric, float | int8 | agrees | file | dB |\
@@ -64,7 +65,8 @@ def slim(t: Task, runtime: str, given: argparse.Namespace, folder: Path) -> tupl
     )
     made = slimkit.export(quantized, t.example, runtime, directory=folder / f"{runtime}-int8")
     with torch.no_grad():
-        agreement = compare(outputs(quantized.eval(), t.test), outputs(made.run, t.test))
+        simulated = exact(quantized, (t.example,))
+        agreement = compare(outputs(simulated, t.test), outputs(made.run, t.test))
     skipped = [
         name for name, why in quantized.fake.sites.skipped.items() if "rounding harms" in why
     ]

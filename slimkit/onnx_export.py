@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +9,7 @@ import torch
 from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Deployable
+from slimkit.quiet import quiet
 
 
 def to_onnx(deployable: Deployable, backend: str) -> Any:
@@ -25,7 +21,7 @@ def to_onnx(deployable: Deployable, backend: str) -> Any:
     required("onnx", backend)
     required("onnxscript", backend)
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 deployable.program, (), dynamo=True, verbose=False, optimize=True
             )
@@ -45,16 +41,3 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No prints, warnings or log lines from torch.onnx; errors still arrive as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

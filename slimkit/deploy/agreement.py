@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimkit.decibels import decibels
+from slimkit.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Agreement:
 def compare(simulated: Sequence[Tensor], deployed: Sequence[Tensor]) -> Agreement:
     """Compare outputs, each of shape (inputs, ...), in the same order.
 
+    Raises:
+        ExportError: two outputs differ in shape.
+
     >>> import torch
     >>> a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> compare([a], [torch.tensor([[1.0, 0.0], [1.1, 1.0]])]).top1
@@ -49,6 +53,12 @@ def compare(simulated: Sequence[Tensor], deployed: Sequence[Tensor]) -> Agreemen
     """
     ratios, largest, near, values = [], 0.0, 0, 0
     for a, b in zip(simulated, deployed, strict=True):
+        if a.shape != b.shape:
+            raise ExportError(
+                f"the simulation gives an output of shape {tuple(a.shape)} and the file one of "
+                f"shape {tuple(b.shape)}: a file's shapes are fixed, so the model's must not "
+                "change from call to call"
+            )
         difference, signal = differences(a, b)
         ratios.append(decibels(signal, difference.square().sum().item()))
         if a.numel():

@@ -20,7 +20,7 @@ from slimkit.interfaces import Backend, Grid, Quantizer, tensors_of
 from slimkit.progress import track
 from slimkit.quantization.corrections.apply import apply_
 from slimkit.quantization.fake import Choice, FakeQuantization, Maker, QuantizedModel
-from slimkit.quantization.mixed import fewest_in_float
+from slimkit.quantization.mixed import fewest_in_float, without
 from slimkit.registry import discover
 
 AUTO = "auto"
@@ -162,14 +162,26 @@ def quantize(
     whole = chain([first], stream)
     calibrate_(fake, own, _noted(whole, own, seen) if corrections else whole, batches)
     result = QuantizedModel(own, fake, name, (weights, activations))
+
+    def corrected(candidate: QuantizedModel) -> QuantizedModel:
+        if corrections:
+            network, ranges = candidate.model, candidate.fake
+            again = partial(_recalibrate_, ranges, network, seen, maker(activations))
+            candidate.corrections = apply_(network, ranges, seen, corrections, again)
+        return candidate
+
     if AUTO in given:
         few = samples_of(inputs, 0, SCANNED)
         metric = None if evaluate is None else _in_evaluation(evaluate)
         least = None if metric is None else metric(own) - drop
-        result, _ = fewest_in_float(result, [few], evaluate=metric, least=least)
-    if corrections:
-        again = partial(_recalibrate_, result.fake, own, seen, maker(activations))
-        result.corrections = apply_(own, result.fake, seen, corrections, again)
+        plain = copied(result) if corrections else result
+        result, kept = fewest_in_float(corrected(result), [few], evaluate=metric, least=least)
+        if corrections and kept:  # which were made for the noise of what is now in float
+            again = corrected(without(plain, [name for one in kept for name in one.calls], few))
+            if metric is None or least is None or metric(again) >= least:
+                result = again
+    else:
+        result = corrected(result)
     result.training = model.training  # its layers have their own flags, such as frozen batch-norms
     return result
 

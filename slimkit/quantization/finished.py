@@ -23,6 +23,7 @@ from slimkit.interfaces import Deployable, Grid
 from slimkit.quantization.fake import FakeQuantization, QuantizedModel
 from slimkit.quantization.mode import SiteMode
 from slimkit.quantization.sites import Sites
+from slimkit.quiet import quiet
 
 _ops = torch.ops.quantized_decomposed
 _FOLDS_INTO = ("conv1d", "conv2d", "conv3d", "linear")
@@ -45,7 +46,7 @@ def finish(model: nn.Module, example_inputs: tuple[Any, ...]) -> Deployable:
     own = copied(model.model if isinstance(model, QuantizedModel) else model)
     module = Finished(own.cpu().eval(), copied(fake) if fake is not None else None, example_inputs)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             program = torch.export.export(module.eval(), example_inputs, strict=False)
     except Exception as error:
         raise ExportError(

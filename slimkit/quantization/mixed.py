@@ -50,6 +50,7 @@ def without(
     fake.sites = sites
     fake.keep_only_(sites)
     result = QuantizedModel(quantized.model, fake, quantized.backend, quantized.choices)
+    result.corrections = quantized.corrections
     result.training = quantized.training
     return result
 

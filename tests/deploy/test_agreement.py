@@ -9,6 +9,7 @@ import torch
 from nets import normal
 
 from slimkit.deploy.agreement import compare
+from slimkit.errors import ExportError
 
 
 def test_equal_outputs_agree_to_the_last_bit() -> None:
@@ -73,3 +74,8 @@ def test_the_same_infinities_agree() -> None:
 def test_another_number_of_outputs_is_refused() -> None:
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         compare([normal(2, 2), normal(2, 2)], [normal(2, 2)])
+
+
+def test_another_shape_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"\(4, 2\) and the file one of shape \(4, 3\)"):
+        compare([normal(4, 2)], [normal(4, 3)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import Net, conv
 from nets import INPUTS, TENSORS, Shifted, conv_norm, lively, normal, residual_net, simulated
-from torch import nn
+from torch import Tensor, nn
 
 from slimkit.errors import ExportError
 from slimkit.interfaces import Grid
@@ -185,3 +185,15 @@ def test_a_forward_that_depends_on_values_cannot_be_exported() -> None:
 
     with pytest.raises(ExportError, match=r"cannot write Net down.*values of its data"):
         finish(Net(flow, a=conv(3, 3)), (X,))
+
+
+def test_what_cannot_be_written_down_is_said_in_one_error_and_nothing_is_printed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match="torch.export cannot write Branches down"):
+        finish(Branches(), (torch.ones(1, 3),))
+    assert capfd.readouterr() == ("", "")

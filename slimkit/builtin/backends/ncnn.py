@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from slimkit.builtin.backends.ncnn_model import read_param, to_int8, write_param
 from slimkit.builtin.backends.ncnn_program import MARKER, with_markers
+from slimkit.disk import refuse_full
 from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
@@ -135,12 +137,15 @@ def _run_pnnx(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, bytes
         path = Path(folder) / "model.pt"
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            torch.jit.save(torch.jit.trace(module, inputs, check_trace=False), path)
+            script = io.BytesIO()  # told a path, torch ends the process when the disk is full
+            torch.jit.save(torch.jit.trace(module, inputs, check_trace=False), script)
+        path.write_bytes(script.getvalue())
         done = subprocess.run(
             [pnnx, path.name, f"inputshape={','.join(sizes)}", "fp16=0",
              f"moduleop={MARKER}"],
             cwd=folder, capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip
+        refuse_full(Path(folder))  # of which pnnx says nothing
         param, weights = Path(folder) / PARAM, Path(folder) / BIN
         if done.returncode != 0 or not param.exists() or not weights.exists():
             raise ExportError(_pnnx_failure(done.returncode, done.stdout + done.stderr))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimkit.disk import refuse_full
 from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
@@ -148,6 +149,8 @@ def _session(
     except FileNotFoundError as error:
         raise ExportError(f"{path} is missing: export again") from error
     except Exception as error:  # onnxruntime raises its own classes, which share no public base
+        if optimized is not None:
+            refuse_full(optimized.parent)
         raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from slimkit.disk import refuse_full
 from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
@@ -79,7 +80,11 @@ class OpenVino(Backend):
         """Write ``model.xml``, the graph, and ``model.bin``, its constants."""
         with tempfile.TemporaryDirectory() as folder:
             model = convert(deployable, _core(), Path(folder))
-            _openvino().save_model(model, directory / XML, compress_to_fp16=False)
+            try:
+                _openvino().save_model(model, directory / XML, compress_to_fp16=False)
+            except RuntimeError as error:
+                refuse_full(directory)
+                raise ExportError(f"OpenVINO cannot write {XML}: {reason(error)}") from error
         path = directory / XML
         path.write_bytes(re.sub(rb">\s+<", b"><", path.read_bytes()))  # half of it is indentation
 
