@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -19,8 +21,9 @@ from slimkit.pruning.cost import macs
 from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.masks import Masks
 from slimkit.pruning.prune import analyse, channel_multiple, cut_
-from slimkit.pruning.scores import group_scores
+from slimkit.pruning.scores import group_scores, samples_in
 from slimkit.pruning.selection import Selector
+from slimkit.pruning.statistics import MEASURED, Measured, measure
 from slimkit.pruning.targets import Target
 from slimkit.recipe import Prune
 from slimkit.registry import discover
@@ -85,6 +88,8 @@ class PruningCallback(pl.Callback):
         self.masks: Masks | None = None
         self.selector: Selector | None = None
         self._scores: dict[str, Tensor] = {}
+        self._recent: deque[Any] = deque(maxlen=recipe.data_batches)  # what a forward measures
+        self._measured: dict[str, Measured] | None = None
         self._settling: dict[_BatchNorm, float | None] = {}
         self._settle_left = 0
 
@@ -101,6 +106,10 @@ class PruningCallback(pl.Callback):
         if self._settle_left and not self._settling:
             self._start_settling()
 
+    def on_train_epoch_start(self, _trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Forget the batches of the epoch before, which a resumed run has not seen."""
+        self._recent.clear()
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, _module: pl.LightningModule, batch: Any, _batch_idx: int
     ) -> None:
@@ -109,6 +118,8 @@ class PruningCallback(pl.Callback):
         if not state.cut and self.masks is None:
             state.example_inputs = first_sample(inputs_of(batch, self.module.network))
             self._analyse()
+        if not state.cut and self.criterion.needs & MEASURED:
+            self._recent.append(batch)
         if not state.cut and state.updates >= self._updates:
             self._cut(trainer)
 
@@ -117,7 +128,7 @@ class PruningCallback(pl.Callback):
         trainer: pl.Trainer,
         _module: pl.LightningModule,
         _outputs: Any,
-        _batch: Any,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Collect scores, take the next step of the schedule, keep dead channels dead."""
@@ -128,9 +139,9 @@ class PruningCallback(pl.Callback):
         begin, end = self.recipe.during
         now = progress(trainer, batch_idx + 1)
         if now >= begin:
-            needs_gradient = "gradient" in self.criterion.needs
+            needs_gradient = bool(self.criterion.needs & {"gradient", "fisher"})
             if needs_gradient:
-                self._collect_scores()
+                self._collect_scores(samples_in(batch))
             window = max(end - begin, 1e-9)
             due = min(self._updates, math.floor((now - begin) / window * self._updates + 1e-9))
             if end == begin or now >= end:
@@ -157,6 +168,9 @@ class PruningCallback(pl.Callback):
                 self._analyse()
             if state.updates < self._updates:
                 if not self._scores:
+                    if not self._recent:
+                        few = islice(trainer.train_dataloader or (), self.recipe.data_batches)
+                        self._recent.extend(few)
                     self._collect_scores()
                 self._update(self._updates)
             self._cut(trainer)
@@ -187,10 +201,21 @@ class PruningCallback(pl.Callback):
         flat = {g.name: torch.ones(g.channels, dtype=torch.float64) for g in coupling.groups}
         self.selector.choose(flat, self.target)
 
-    def _collect_scores(self) -> None:
-        """Add the scores of the present weights and gradients to those since the last update."""
+    def _collect_scores(self, samples: int = 1) -> None:
+        """Add the scores of the present weights and gradients to those since the last update.
+
+        Activations are those of the epoch's last `data_batches` batches. The Fisher information is
+        estimated by the squared gradient of a batch's mean loss times its `samples`.
+        """
         assert self.masks is not None
-        scores = group_scores(self.module.network, self.masks.coupling, self.criterion)
+        network, needs = self.module.network, self.criterion.needs
+        squares = None
+        if "fisher" in needs:
+            named = network.named_parameters(remove_duplicate=False)
+            squares = {n: samples * p.grad.square() for n, p in named if p.grad is not None}
+        if needs & MEASURED and self._measured is None:
+            self._measured = measure(network, self._recent, len(self._recent))
+        scores = group_scores(network, self.masks.coupling, self.criterion, self._measured, squares)
         for name, score in scores.items():
             self._scores[name] = self._scores.get(name, torch.zeros_like(score)) + score
 
@@ -203,7 +228,7 @@ class PruningCallback(pl.Callback):
         state = self.module.state
         choice = self.selector.choose(scores, self.target, progress=amount, carried=state.carried)
         self.masks.kept = choice.kept
-        self._scores = {}
+        self._scores, self._measured = {}, None
         state.updates = due
         state.living = {name: kept.clone() for name, kept in choice.kept.items()}
         state.carried = choice.carried

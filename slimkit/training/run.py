@@ -28,7 +28,7 @@ from slimkit.importing import build
 from slimkit.interfaces import Criterion
 from slimkit.progress import is_quiet
 from slimkit.pruning.prune import cut_to_target_
-from slimkit.pruning.scores import group_scores, scores_over_batches
+from slimkit.pruning.scores import DATA, group_scores, scores_over_batches
 from slimkit.recipe import Import, Recipe
 from slimkit.registry import discover
 from slimkit.training.classification import Classification
@@ -222,7 +222,7 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     coupling = coupling_of(network, inputs, section)
     backends = [plugin.name for plugin in module.recipe.export]
     selector = selector_of(network, coupling, inputs, section, backends)
-    if "gradient" in criterion.needs:
+    if criterion.needs & DATA:
         step = module.inner.training_step
 
         def loss(_network: nn.Module, batch: Any) -> torch.Tensor:
