@@ -28,10 +28,10 @@ from slimkit.pruning.removal import best, tensors_by_name
 from slimkit.reuse import Reuse
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-PRECISION = 0.1
-FEWEST = 128  # samples before a standard error is believed
+PRECISION = 0.2
+FEWEST = 256  # samples before a standard error is believed
 FEWEST_BATCHES = 8  # the same where a loss is known per batch only
-OF_SPREAD = 0.2  # how much of the precision is asked of the small values of a curve
+OF_SPREAD = 0.5  # how much of the precision is asked of the small values of a curve
 
 
 class Measure(Protocol):
@@ -231,7 +231,7 @@ class _State:
             sums = self.sums[count]
             enough = sums.weight >= FEWEST and sums.count >= FEWEST_BATCHES
             scale = max(abs(sums.mean), OF_SPREAD * spread)
-            if enough and sums.error(batches) <= precision * scale:
+            if precision and enough and sums.error(batches) <= precision * scale:
                 known.add(count)
         self.open -= known
         return len(known)
@@ -324,8 +324,11 @@ class _Worker:
         self, model: nn.Module, states: Sequence[_State], batches: Any, measure: Measure
     ) -> None:
         self.model, self.states, self.measure = model, states, measure
-        self.batches = enumerate(batches)
-        self.number, self.batch, self.dense = -1, None, None
+        self.batches = batches
+        self.numbered: Iterator[tuple[int, Any]] | None = None
+        self.number = -1
+        self.batch: Any = None
+        self.dense: Any = None
         self.reuse: Reuse | None = None
         self.tensors = tensors_by_name(model)
 
@@ -354,7 +357,9 @@ class _Worker:
         """Take the batch, and the dense model's values on it."""
         if self.number == number:
             return
-        self.number, self.batch = next(one for one in self.batches if one[0] == number)
+        if self.numbered is None:
+            self.numbered = enumerate(self.batches)
+        self.number, self.batch = next(one for one in self.numbered if one[0] == number)
         if self.reuse is None:
             self.reuse = self._planned()
         self.dense = self.reuse.unchanged(self._run)

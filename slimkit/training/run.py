@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,15 @@ from slimkit.batchnorm import reestimate_
 from slimkit.deploy.folder import check_target
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
-from slimkit.interfaces import Criterion
 from slimkit.progress import is_quiet
 from slimkit.pruning.prune import cut_to_target_
-from slimkit.pruning.scores import group_scores, scores_over_batches
 from slimkit.recipe import Import, Recipe
-from slimkit.registry import discover
 from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
-from slimkit.training.pruning import coupling_of, selector_of, target_of
+from slimkit.training.pruning import coupling_of, scores_of, selector_of, target_of
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
@@ -216,33 +212,10 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
         raise SlimkitError("the training data is empty: it gave no batch")
     inputs = first_sample(inputs_of(batch, network))
     module.state.example_inputs = inputs
-    criterion: Criterion = discover().create(
-        "criterion", section.criterion.name, section.criterion.options
-    )
     coupling = coupling_of(network, inputs, section)
     backends = [plugin.name for plugin in module.recipe.export]
-    selector = selector_of(network, coupling, inputs, section, backends)
-    if "gradient" in criterion.needs:
-        step = module.inner.training_step
-
-        def loss(_network: nn.Module, batch: Any) -> torch.Tensor:
-            output: Any = step(batch, 0)
-            loss = output["loss"] if isinstance(output, dict) else output
-            if not isinstance(loss, torch.Tensor):
-                raise SlimkitError(
-                    f"criterion {section.criterion.name!r} needs the loss that training_step "
-                    f"returns, but it returned {type(loss).__name__}; choose one such as 'l1'"
-                )
-            return loss
-
-        module.inner.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
-        batches = islice(loaders.calibration(), section.data_batches)
-        scores = scores_over_batches(
-            network, coupling, criterion, batches, loss, section.data_batches
-        )
-        del module.inner.log
-    else:
-        scores = group_scores(network, coupling, criterion)
+    selector = selector_of(network, coupling, inputs, section, backends, module.curves)
+    scores = scores_of(module.inner, network, coupling, section, loaders.calibration())
     report = cut_to_target_(network, selector, scores, target_of(section), inputs)
     module.state.cut = True
     used = reestimate_(network, loaders.calibration(), section.batchnorm_batches)
