@@ -129,9 +129,7 @@ if TYPE_CHECKING:
 else:  # a union would put its members' names into the paths of problems
     Ratios = Annotated[
         dict[str, NotAll],
-        WrapValidator(
-            _ratios, json_schema_input_type=dict[str, NotAll] | Literal["sensitivity"]
-        ),
+        WrapValidator(_ratios, json_schema_input_type=dict[str, NotAll] | Literal["sensitivity"]),
         PlainSerializer(lambda ratios: ratios),
     ]
 ImportPath = Annotated[str, AfterValidator(_import_path)]

@@ -147,7 +147,7 @@ class Reuse:
         if len(set(names)) < len(names):  # a module that is called by itself several times
             return
         last = frozenset(filter(None, (recorder.makers.get(id(t), "") for t in _tensors(result))))
-        state = dict(model.named_parameters(remove_duplicate=False))
+        state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         state.update(model.named_buffers(remove_duplicate=False))
         for change, paths in changes.items():
             reached = {_storage(state[path]) for path in paths}

@@ -101,9 +101,11 @@ def _give_back_(
         gains: list[tuple[float, str, int]] = []
         for group in steps.keys() - stuck:
             larger = [n for n in steps[group] if n > found[group]]
-            too_many = bisect_left(
-                larger, True, key=lambda n, g=group: cost(found | {g: n}) > limit
-            )
+
+            def too_much(size: int, group: str = group) -> bool:
+                return cost(found | {group: size}) > limit
+
+            too_many = bisect_left(larger, True, key=too_much)
             if not too_many:
                 stuck.add(group)
                 continue

@@ -281,11 +281,10 @@ class Selector:
         limit = aim.value * self._whole(aim.measure)
         fewest = {g.name: self.limits.fewest(g, aim) for g in free}
         measured = {
-            g.name: max(fewest[g.name], g.channels - curves[g.name].points[-1].removed) for g in free
+            g.name: max(fewest[g.name], g.channels - curves[g.name].points[-1].removed)
+            for g in free
         }
-        self._check_reachable(
-            aim, self._cost(aim.measure, self._kept(orders, {**sizes, **fewest}))
-        )
+        self._check_reachable(aim, self._cost(aim.measure, self._kept(orders, {**sizes, **fewest})))
         if self._cost(aim.measure, self._kept(orders, {**sizes, **measured})) <= limit:
             fewest = measured  # no need to guess what lies behind the last ratio
         may = {g.name: {min(sizes[g.name], orders[g.name].living)} for g in self.coupling.groups}

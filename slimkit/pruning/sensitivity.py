@@ -131,12 +131,14 @@ class Curve:
         layers: the coupled layers that lose the same channels.
         channels: how many it has.
         points: by rising ratio.
+        unit: what the increase is.
     """
 
     group: str
     layers: tuple[str, ...]
     channels: int
     points: tuple[Point, ...]
+    unit: str = LossIncrease.unit
 
     def increase_at(self, removed: int) -> float:
         """The increase when so many channels go, 0 at none.
@@ -291,7 +293,7 @@ def scan(
         steps = _steps(worker, states, total, precision, known or {}, done)
         for _ in track(steps, "scanning", total=total * sum(len(s.sums) for s in states)):
             pass
-    return [_curve(state, ratios, total) for state in states]
+    return [_curve(state, ratios, total, measure.unit) for state in states]
 
 
 def _steps(
@@ -385,8 +387,8 @@ class _Worker:
             with self._silenced(state, max(state.sums, default=0)):
                 fast = reuse.changed(state.group.name, self._run)
                 slow = self._run()
-            pair = [self.measure.increase(dense, values) for values in (fast, slow)]
-            if not torch.allclose(*pair, rtol=1e-3, atol=1e-4, equal_nan=True):
+            a, b = (self.measure.increase(dense, values) for values in (fast, slow))
+            if not torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True):
                 reuse.distrust(state.group.name)
         self.batch = whole
         return reuse
@@ -433,7 +435,7 @@ def fewer(batch: Any, samples: int, count: int = 2) -> Any:
     return batch
 
 
-def _curve(state: _State, ratios: Sequence[float], total: int) -> Curve:
+def _curve(state: _State, ratios: Sequence[float], total: int, unit: str) -> Curve:
     points = []
     for ratio in ratios:
         removed = removed_at(state.group, ratio)
@@ -441,4 +443,4 @@ def _curve(state: _State, ratios: Sequence[float], total: int) -> Curve:
         error = sums.error(total) if removed else 0.0
         points.append(Point(ratio, removed, sums.mean, error, round(sums.weight)))
     group = state.group
-    return Curve(group.name, tuple(group.layers), group.channels, tuple(points))
+    return Curve(group.name, tuple(group.layers), group.channels, tuple(points), unit)

@@ -33,6 +33,7 @@ from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
 from slimkit.training.pruning import coupling_of, scores_of, selector_of, target_of
+from slimkit.training.pruning_scan import curves_of
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
@@ -81,7 +82,7 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
     with muted():
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     data = build(data_import.model_dump(), "data", pl.LightningDataModule)
-    _check_loaders(data)
+    _check_loaders(data, recipe)
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     model = build(model_import.model_dump(), "model", nn.Module)
     if recipe.weights is not None:
@@ -90,6 +91,16 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
         model = _pretrained(recipe, model, data, work, say)
     module = SlimModule(model, recipe)
     module.announce = say
+    if recipe.prune is not None and recipe.prune.ratios == "sensitivity":
+        with timing.part("scanning sensitivity"):
+            say("measuring how sensitive each group is to pruning")
+            module.curves = curves_of(
+                module,
+                build(data_import.model_dump(), "data", pl.LightningDataModule),
+                scan_folder(output),
+                say=say,
+                trainer={"accelerator": recipe.trainer.accelerator},
+            )
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     with timing.part("pruning, distilling, quantization-aware training"):
         if recipe.trainer.max_epochs:
@@ -111,7 +122,12 @@ def _needed(recipe: Recipe) -> tuple[Import, Import]:
     return recipe.model, recipe.data
 
 
-def _check_loaders(data: pl.LightningDataModule) -> None:
+def scan_folder(output: Path) -> Path:
+    """Where the sensitivity scan of a run lies: beside the artifact, for further runs."""
+    return output.with_name(f"{output.name}-sensitivity")
+
+
+def _check_loaders(data: pl.LightningDataModule, recipe: Recipe) -> None:
     """Say before any training that something to train or to measure on is missing."""
     own = type(data)
     if own.train_dataloader is pl.LightningDataModule.train_dataloader:
@@ -121,6 +137,12 @@ def _check_loaders(data: pl.LightningDataModule) -> None:
         raise SlimkitError(
             f"data: {own.__name__} has neither a test nor a validation loader: accuracy and "
             "agreement cannot be measured"
+        )
+    scanned = recipe.prune is not None and recipe.prune.ratios == "sensitivity"
+    if scanned and own.val_dataloader is pl.LightningDataModule.val_dataloader:
+        raise SlimkitError(
+            f"data: {own.__name__} has no validation loader, which prune.ratios: sensitivity "
+            "measures on"
         )
 
 

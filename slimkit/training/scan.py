@@ -68,9 +68,7 @@ def scan(
     if kept_results.results:
         say(f"going on from {journal}: {len(kept_results.results)} places are known")
     kept_results.start()
-    return rank(
-        quantized, [few], kept_results.results, lambda one: kept_results.add(asdict(one))
-    )
+    return rank(quantized, [few], kept_results.results, lambda one: kept_results.add(asdict(one)))
 
 
 def trained(recipe: Recipe, say: Callable[[str], None]) -> tuple[nn.Module, pl.LightningDataModule]:
