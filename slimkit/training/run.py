@@ -27,6 +27,7 @@ from slimkit.importing import build
 from slimkit.progress import is_quiet
 from slimkit.pruning.prune import cut_to_target_
 from slimkit.recipe import Import, Recipe
+from slimkit.report.curves import write_curves
 from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.draws import Draws
@@ -101,6 +102,7 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
                 say=say,
                 trainer={"accelerator": recipe.trainer.accelerator},
             )
+            write_curves(scan_folder(output), module.curves)
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     with timing.part("pruning, distilling, quantization-aware training"):
         if recipe.trainer.max_epochs:
