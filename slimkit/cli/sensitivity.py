@@ -45,7 +45,7 @@ Result = tuple[Any, "Table", str]
     type=click.FloatRange(0, 1),
     metavar="FRACTION",
     help="A point is known when its standard error is this fraction of its value; 0 uses every "
-    "sample for every point.  [default: 0.2]",
+    "sample for every point.  [default: 0.3]",
 )
 @click.option("--show", type=click.IntRange(min=1), default=15, show_default=True, help="Rows.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars, no lines between.")

@@ -28,9 +28,10 @@ from slimkit.pruning.removal import best, tensors_by_name
 from slimkit.reuse import Reuse
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-PRECISION = 0.2
-FEWEST = 256  # samples before a standard error is believed
-FEWEST_BATCHES = 8  # the same where a loss is known per batch only
+PRECISION = 0.3
+FEWEST = 192  # samples before a standard error is believed ...
+FEWEST_BATCHES = 4  # ... and batches where a loss is known per batch only
+SHARE, PLENTY = 0.1, 512  # of the data, where that is not more samples than this
 OF_SPREAD = 0.5  # how much of the precision is asked of the small values of a curve
 
 
@@ -232,6 +233,7 @@ class _State:
         for count in self.open:
             sums = self.sums[count]
             enough = sums.weight >= FEWEST and sums.count >= FEWEST_BATCHES
+            enough &= sums.batches >= SHARE * batches or sums.weight >= PLENTY
             scale = max(abs(sums.mean), OF_SPREAD * spread)
             if precision and enough and sums.error(batches) <= precision * scale:
                 known.add(count)
