@@ -113,14 +113,15 @@ class _Replay(CallMode):
         fragile: Collection[str],
     ) -> None:
         super().__init__(model)
-        self.runs, self.kept, self.fragile = runs, kept, fragile
+        self.runs, self.fragile = runs, fragile
+        self.kept = dict(kept)
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # noqa: ARG002
         if name in self.runs:
             return func(*args, **kwargs)
         if name not in self.kept:
             raise _Unlike(name)
-        kept = self.kept[name]
+        kept = self.kept.pop(name)  # a second call of the name is another one
         return map_tensors(torch.clone, kept) if name in self.fragile else kept
 
 
