@@ -104,12 +104,16 @@ def test_points_that_are_clear_use_few_samples_and_stay_near(monkeypatch):
     measure = Divergence(model)
     few = scan(model, coupling, orders, batches, measure, precision=0.1)
     all_ = scan(model, coupling, orders, batches, measure, precision=0)
-    points = [pair for a, b in zip(few, all_, strict=True) for pair in zip(a.points, b.points)]
+    points = [
+        pair
+        for a, b in zip(few, all_, strict=True)
+        for pair in zip(a.points, b.points, strict=True)
+    ]
     points = [(a, b) for a, b in points if a.removed]
     assert max(a.samples for a, _ in points) < 400
     assert {b.samples for _, b in points} == {800}
     for a, b in points:
-        assert 0 < a.error
+        assert a.error > 0
         assert abs(a.increase - b.increase) < 4.5 * a.error
 
 
