@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slimkit.batches import inputs_of
 from slimkit.errors import PruningError, SlimkitError
-from slimkit.evaluating import evaluating, without_fast_paths
+from slimkit.evaluating import eagerly, evaluating, without_fast_paths
 from slimkit.interfaces import tensors_of
 from slimkit.progress import track
 from slimkit.pruning.coupling import Coupling, Group
@@ -291,7 +291,7 @@ def scan(
         sums = {count: Sums() for count in removed}
         states.append(_State(group, orders[group.name], sums, set(removed)))
     worker = _Worker(model, states, batches, measure)
-    with evaluating(model), without_fast_paths(), torch.no_grad():
+    with evaluating(model), eagerly(model), without_fast_paths(), torch.no_grad():
         steps = _steps(worker, states, total, precision, known or {}, done)
         for _ in track(steps, "scanning", total=total * sum(len(s.sums) for s in states)):
             pass

@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
@@ -98,18 +99,21 @@ def curves_of(
     loaders = Loaders(data)
     batches = drawn(loaders.validation(), module.recipe.trainer.seed, samples, say)
     worker = _Scan(module, section, loaders, batches, folder, precision, say)
-    with muted():
-        runner = pl.Trainer(
-            **{"accelerator": "cpu", "devices": 1, **(trainer or {})},
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=1,
-            inference_mode=False,
-        )
-        once = DataLoader(TensorDataset(torch.zeros(1)))
-        runner.validate(worker, dataloaders=once, verbose=False)
+    try:
+        with muted():
+            runner = pl.Trainer(
+                **{"accelerator": "cpu", "devices": 1, **(trainer or {})},
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=1,
+                inference_mode=False,
+            )
+            once = DataLoader(TensorDataset(torch.zeros(1)))
+            runner.validate(worker, dataloaders=once, verbose=False)
+    except MisconfigurationException as error:
+        raise SlimkitError(f"Lightning: {error}") from error
     return worker.curves
 
 
