@@ -44,8 +44,8 @@ Result = tuple[Any, "Table", str]
     "--precision",
     type=click.FloatRange(0, 1),
     metavar="FRACTION",
-    help="A point is known when its standard error is this fraction of its value; 0 uses every "
-    "sample for every point.  [default: 0.3]",
+    help="A point is known when its standard error is this fraction of its value, or of half of "
+    "the largest in its row; 0 uses every sample for every point.  [default: 0.3]",
 )
 @click.option("--show", type=click.IntRange(min=1), default=15, show_default=True, help="Rows.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars, no lines between.")
@@ -65,10 +65,10 @@ def sensitivity(
 
     Without options: every group of channels that hang together (a residual stage is one group)
     loses 10 % to 70 % of them, by the recipe's criterion, while all else stays whole. A row says
-    how much the loss on the validation data grows. Under a hundredth of the dense loss a ratio is
-    harmless; where a row turns steep, hold the group back with `prune.ratios` or `prune.protect`,
-    or write `prune.ratios: sensitivity`, and the whole target is shared out by this scan. The
-    scan takes random samples until a point is clear, and computes only what the group reaches.
+    how much the loss on the validation data grows: where it stays near 0, channels are to spare;
+    where it turns steep, hold the group back with `prune.ratios` or `prune.protect`. Or write
+    `prune.ratios: sensitivity`, and the whole target is shared out by this scan. The scan takes
+    random samples until a point is clear, and computes only what the group reaches.
 
     With --quantize: each place is rounded alone, and its noise is measured where the last layers
     give their outputs: 40 dB and more are harmless, under 20 dB the noise is over 1 % of the
