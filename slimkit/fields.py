@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 
 def _no_bool(value: Any) -> Any:
@@ -105,6 +113,25 @@ KeptFloat = Annotated[
     BeforeValidator(lambda given: (given,) if given == "auto" else given),
     Field(description="Module names, * and ? allowed, or auto."),
 ]
+
+
+def _ratios(given: object, fractions: ValidatorFunctionWrapHandler) -> object:
+    """The one word, or a mapping."""
+    if given == "sensitivity":
+        return given
+    if isinstance(given, str):
+        raise ValueError(f"should be a mapping, or sensitivity, not {given!r}")
+    return fractions(given)
+
+
+if TYPE_CHECKING:
+    Ratios = dict[str, float] | Literal["sensitivity"]
+else:  # a union would put its members' names into the paths of problems
+    Ratios = Annotated[
+        dict[str, NotAll],
+        WrapValidator(_ratios, json_schema_input_type=dict[str, NotAll] | Literal["sensitivity"]),
+        PlainSerializer(lambda ratios: ratios),
+    ]
 ImportPath = Annotated[str, AfterValidator(_import_path)]
 Place = Annotated[str | tuple[str, str], BeforeValidator(_place)]
 Devices = Annotated[int | str | list[int], BeforeValidator(_devices)]

@@ -35,6 +35,7 @@ from slimkit.fields import (
     Patterns,
     Place,
     Positive,
+    Ratios,
     Share,
     bare,
 )
@@ -162,10 +163,11 @@ class Prune(_Node):
     granularity: Literal["channel"] = Field(
         default="channel", description="What is removed as a whole."
     )
-    ratios: dict[str, NotAll] = Field(
+    ratios: Ratios = Field(
         default={},
         description="Fraction of the channels that modules lose whatever the target, by name; "
-        "* and ? allowed, the first that fits counts.",
+        "* and ? allowed, the first that fits counts. Or sensitivity: what `slimkit sensitivity` "
+        "measures says how much each group loses, such that the loss grows least.",
     )
     target: Target | None = Field(
         default=None,
@@ -225,6 +227,11 @@ class Prune(_Node):
     def _or_ratios(cls, target: Target | None, info: ValidationInfo) -> Target | None:
         if target is None and info.data.get("ratios") == {}:
             raise ValueError("is required, unless 'ratios' says what is removed")
+        if info.data.get("ratios") == "sensitivity" and (
+            target is None or target.kind not in ("flops", "params")
+        ):
+            given = "none" if target is None else f"{target.kind}: {target.value:g}"
+            raise ValueError(f"should be flops or params with 'ratios: sensitivity', not {given}")
         return target
 
     @field_validator("during")

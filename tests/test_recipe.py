@@ -84,6 +84,20 @@ def test_ratios_may_stand_for_the_target_and_keep_their_order():
     assert recipe.prune.max_ratio == (0.2, 0.6)
 
 
+def test_ratios_may_come_from_the_sensitivity_scan_with_a_target_of_cost():
+    for kind in ("flops", "params"):
+        recipe = Recipe.parse({**BASE, "prune": {"ratios": "sensitivity", "target": {kind: 0.5}}})
+        assert recipe.prune.ratios == "sensitivity"
+        assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    for target, named in (({"ratio": 0.5}, "ratio: 0.5"), (None, "none"), ({"size_mb": 2}, "size")):
+        found = problems({**BASE, "prune": {"ratios": "sensitivity", "target": target}})
+        assert list(found) == ["prune.target"]
+        assert "flops or params with 'ratios: sensitivity'" in found["prune.target"]
+        assert named in found["prune.target"]
+    found = problems({**BASE, "prune": {"ratios": "sensible", "target": {"flops": 0.5}}})
+    assert found == {"prune.ratios": "should be a mapping, or sensitivity, not 'sensible'"}
+
+
 @pytest.mark.parametrize("ratios", [{}, {"ratios": {}}, {"target": None}])
 def test_without_ratios_a_target_is_required(ratios):
     found = problems({**BASE, "prune": ratios})

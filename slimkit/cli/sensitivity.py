@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from slimkit.recipe import Recipe
+
+Result = tuple[Any, "Table", str]
+"""What to print as JSON, or as a table, and what was written."""
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--quantize", is_flag=True, help="Scan what rounding costs (the one scan there is).")
 @click.option(
-    "--backend", "-b", metavar="NAME", help="Whose rounding.  [default: the first of `export`]"
+    "--quantize", is_flag=True, help="Scan what rounding each place costs, not what pruning does."
+)
+@click.option(
+    "--backend",
+    "-b",
+    metavar="NAME",
+    help="With --quantize: whose rounding.  [default: the first of `export`]",
 )
 @click.option(
     "--output",
@@ -22,28 +37,43 @@ import click
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
-    default=4,
-    show_default=True,
-    help="Training samples that the noise is measured on.",
+    help="Validation samples to draw from at most.  [default: all; with --quantize: 4 training "
+    "samples]",
+)
+@click.option(
+    "--precision",
+    type=click.FloatRange(0, 1),
+    metavar="FRACTION",
+    help="A point is known when its standard error is this fraction of its value, or of half of "
+    "the largest in its row; 0 uses every sample for every point.  [default: 0.3]",
 )
 @click.option("--show", type=click.IntRange(min=1), default=15, show_default=True, help="Rows.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars, no lines between.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole ranking as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 def sensitivity(
     recipe: Path,
     quantize: bool,
     backend: str | None,
     output: Path | None,
-    samples: int,
+    samples: int | None,
+    precision: float | None,
     show: int,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Rank every place that quantization would round in RECIPE's model by the noise it causes.
+    """Measure what pruning costs each part of RECIPE's model, and what rounding does.
 
-    Each place is rounded alone, and its noise is measured where the last layers give their outputs:
-    40 dB and more are harmless, under 20 dB the noise is over 1 % of the signal. The places at the
-    top are what `keep_float: [...]` is for; `keep_float: auto` does it by itself.
+    Without options: every group of channels that hang together (a residual stage is one group)
+    loses 10 % to 70 % of them, by the recipe's criterion, while all else stays whole. A row says
+    how much the loss on the validation data grows: where it stays near 0, channels are to spare;
+    where it turns steep, hold the group back with `prune.ratios` or `prune.protect`. Or write
+    `prune.ratios: sensitivity`, and the whole target is shared out by this scan. The scan takes
+    random samples until a point is clear, and computes only what the group reaches.
+
+    With --quantize: each place is rounded alone, and its noise is measured where the last layers
+    give their outputs: 40 dB and more are harmless, under 20 dB the noise is over 1 % of the
+    signal. The places at the top are what `keep_float: [...]` is for; `keep_float: auto` does it
+    by itself.
 
     Every result is kept at once: a scan that was killed goes on where it was. Written are CSV, JSON
     and a plot.
@@ -51,12 +81,19 @@ def sensitivity(
     from slimkit.cli.recipes import sayer, usable
     from slimkit.errors import SlimkitError
 
-    if not quantize:
-        raise SlimkitError("say what to scan: --quantize (pruning has no scan yet)")
     what, stem = usable(recipe)
-    if backend is None and not what.export:
-        raise SlimkitError("the recipe exports to no backend: choose one with --backend")
-    name = backend or what.export[0].name
+    if quantize:
+        if precision is not None:
+            raise SlimkitError("--precision is of the pruning scan: leave it or --quantize out")
+        if backend is None and not what.export:
+            raise SlimkitError("the recipe exports to no backend: choose one with --backend")
+    elif backend is not None:
+        raise SlimkitError("--backend says whose rounding: it needs --quantize")
+    elif what.prune is None:
+        raise SlimkitError(
+            "the recipe has no prune section: there is nothing to scan (--quantize scans what "
+            "rounding costs)"
+        )
     folder = output or Path("runs") / f"{stem}-sensitivity"
 
     from slimkit.progress import quiet as without_bars
@@ -64,18 +101,62 @@ def sensitivity(
     say = sayer(quiet)
     with without_bars(quiet):
         say("loading torch and Lightning")
-        from slimkit.plain import plain
-        from slimkit.report.sensitivity import scan_table, write_scan
-        from slimkit.training.scan import scan
-
-        ranked = scan(what, name, folder / f"{name}.jsonl", samples=samples, say=say)
-        paths = write_scan(folder, name, ranked)
+        result: Result | None
+        if quantize:
+            result = _rounding(what, backend or what.export[0].name, folder, samples, show, say)
+        else:
+            result = _pruning(what, folder, samples, precision, show, say)
+    if result is None:
+        return
+    data, table, written = result
     if as_json:
         import json
 
-        click.echo(json.dumps(plain(ranked), indent=1))
+        from slimkit.plain import plain
+
+        click.echo(json.dumps(plain(data), indent=1))
         return
     from rich.console import Console
 
-    Console().print(scan_table(ranked, show))
-    click.echo(f"{len(ranked)} places; written: {', '.join(map(str, paths))}")
+    Console().print(table)
+    click.echo(written)
+
+
+def _rounding(
+    recipe: Recipe,
+    backend: str,
+    folder: Path,
+    samples: int | None,
+    show: int,
+    say: Callable[[str], None],
+) -> Result:
+    from slimkit.report.sensitivity import scan_table, write_scan
+    from slimkit.training.scan import scan
+
+    ranked = scan(recipe, backend, folder / f"{backend}.jsonl", samples=samples or 4, say=say)
+    paths = write_scan(folder, backend, ranked)
+    written = f"{len(ranked)} places; written: {', '.join(map(str, paths))}"
+    return ranked, scan_table(ranked, show), written
+
+
+def _pruning(
+    recipe: Recipe,
+    folder: Path,
+    samples: int | None,
+    precision: float | None,
+    show: int,
+    say: Callable[[str], None],
+) -> Result | None:
+    """None in a process that only helps another one."""
+    from slimkit.pruning.sensitivity import PRECISION
+    from slimkit.report.curves import curves_table, write_curves
+    from slimkit.training.pruning_scan import is_first, scan_pruning
+
+    known = PRECISION if precision is None else precision
+    curves = scan_pruning(recipe, folder, samples=samples, precision=known, say=say)
+    if not is_first():
+        return None
+    paths = write_curves(folder, curves)
+    unit = curves[0].unit
+    written = f"{len(curves)} groups, {unit}; written: {', '.join(map(str, paths))}"
+    return curves, curves_table(curves, show), written

@@ -148,6 +148,11 @@ class CostModel:
             total_macs += self.macs_per_weight.get(name, 0.0) * numel
         return total_macs, total_parameters
 
+    def share(self, name: str, removed: Mapping[int, int]) -> tuple[float, float]:
+        """MACs and parameters of one parameter without so many positions of its dimensions."""
+        numel = _numel(self.shapes[name], removed)
+        return self.macs_per_weight.get(name, 0.0) * numel, float(numel)
+
     def predict_size_mb(self, removed: Removed) -> float:
         """MiB of the model without what is `removed`, as `size_mb` counts them."""
         left = (

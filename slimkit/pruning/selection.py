@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import PruningError, did_you_mean
+from slimkit.pruning.allocation import allocate
 from slimkit.pruning.cost import CostModel
 from slimkit.pruning.counting import Counting
 from slimkit.pruning.coupling import Coupling, Group
 from slimkit.pruning.limits import Limits
 from slimkit.pruning.rankings import RANKINGS, Removals, removals
 from slimkit.pruning.removal import best, tensors_by_name
+from slimkit.pruning.sensitivity import Curve
+from slimkit.pruning.size_costs import SizeCosts
 from slimkit.pruning.targets import Target
 
 FIRST = "the first layer is protected: all else is made of it (protect_first: false lets it go)"
@@ -76,6 +79,7 @@ class Selector:
         ratios: name pattern of layers to the fraction in [0, 1) that their groups lose whatever
             the target; the first pattern that covers a group counts.
         multiple: what the runtime likes channel counts to be a multiple of.
+        curves: how sensitive each group is; where given, they and no ranking share a cost out.
         protect_first: whether the group of the first convolution is spared where two others are
             left, and where a cost can be reached without it.
 
@@ -96,11 +100,13 @@ class Selector:
         ratios: Mapping[str, float] | None = None,
         multiple: int = 1,
         protect_first: bool = False,
+        curves: Sequence[Curve] | None = None,
     ) -> None:
         if ranking not in RANKINGS:
             raise PruningError(f"no ranking is called {ranking!r}{did_you_mean(ranking, RANKINGS)}")
         self.coupling = coupling
         self.ranking = ranking
+        self.curves = None if curves is None else _by_group(coupling, curves)
         self.limits = Limits.of(
             model,
             coupling,
@@ -156,6 +162,10 @@ class Selector:
                 sizes |= self._sizes_by_importance(free, scores, aim, carried)
             elif target.measure == "ratio":
                 sizes |= self._sizes_by_ratio(free, scores, aim)
+            elif self.curves is not None:
+                if self.spared and not self._suffices(free, orders, aim, sizes):
+                    free = ranked
+                sizes |= self._sizes_by_curves(free, self.curves, orders, aim, sizes)
             else:
                 if self.spared and not self._suffices(free, orders, aim, sizes):
                     free = ranked
@@ -227,18 +237,7 @@ class Selector:
             return self._cost(aim.measure, self._kept(orders, {**sizes, **left(end)}))
 
         limit = aim.value * self._whole(aim.measure)
-        smallest = cost(len(order))
-        if aim.measure == "size_mb" and limit >= self.dense_mb:
-            raise PruningError(
-                f"target {aim} is no target: the model has {self.dense_mb:.4g} MiB; the smallest "
-                f"that can be reached is {smallest:.4g}"
-            )
-        if smallest > limit:
-            raise PruningError(
-                f"target {aim} cannot be reached: with everything removed that may go, "
-                f"{self._said(aim.measure, smallest)} is left. "
-                + self.limits.obstacles(self.coupling, aim)
-            )
+        self._check_reachable(aim, cost(len(order)))
         # cost falls with every removed channel
         first = bisect_left(ends, True, hi=len(ends) - 1, key=lambda end: cost(end) <= limit)
         found = left(ends[first])
@@ -254,6 +253,57 @@ class Selector:
                     break
                 found[group.name] = more
         return found
+
+    def _check_reachable(self, aim: Target, smallest: float) -> None:
+        """Refuse a target of cost that the smallest choice misses."""
+        limit = aim.value * self._whole(aim.measure)
+        if aim.measure == "size_mb" and limit >= self.dense_mb:
+            raise PruningError(
+                f"target {aim} is no target: the model has {self.dense_mb:.4g} MiB; the smallest "
+                f"that can be reached is {smallest:.4g}"
+            )
+        if smallest > limit:
+            raise PruningError(
+                f"target {aim} cannot be reached: with everything removed that may go, "
+                f"{self._said(aim.measure, smallest)} is left. "
+                + self.limits.obstacles(self.coupling, aim)
+            )
+
+    def _sizes_by_curves(
+        self,
+        free: Sequence[Group],
+        curves: Mapping[str, Curve],
+        orders: Mapping[str, _Order],
+        aim: Target,
+        sizes: Mapping[str, int],
+    ) -> dict[str, int]:
+        """The sizes within the target at the least sum of the losses that the curves foresee."""
+        limit = aim.value * self._whole(aim.measure)
+        fewest = {g.name: self.limits.fewest(g, aim) for g in free}
+        measured = {
+            g.name: max(fewest[g.name], g.channels - curves[g.name].points[-1].removed)
+            for g in free
+        }
+        self._check_reachable(aim, self._cost(aim.measure, self._kept(orders, {**sizes, **fewest})))
+        if self._cost(aim.measure, self._kept(orders, {**sizes, **measured})) <= limit:
+            fewest = measured  # no need to guess what lies behind the last ratio
+        may = {g.name: {min(sizes[g.name], orders[g.name].living)} for g in self.coupling.groups}
+        for group in free:
+            living = orders[group.name].living
+            upward = range(fewest[group.name], group.channels + 1)
+            may[group.name] = {min(self.limits.rounded(group, n), living) for n in upward}
+        kept = {
+            (g.name, n): best(g, orders[g.name].channels, n)
+            for g in self.coupling.groups
+            for n in may[g.name]
+        }
+        cost = SizeCosts(self.cost, self.coupling.groups, kept, aim.measure)
+        channels = {g.name: g.channels for g in self.coupling.groups}
+
+        def loss(name: str, size: int) -> float:
+            return curves[name].increase_at(channels[name] - size)
+
+        return allocate(may, loss, cost, limit)
 
     def _suffices(
         self,
@@ -303,6 +353,17 @@ class Selector:
         if measure == "size_mb":
             return self.cost.predict_size_mb(removed)
         return self.cost.predict(removed)[0 if measure == "flops" else 1]
+
+
+def _by_group(coupling: Coupling, curves: Sequence[Curve]) -> dict[str, Curve]:
+    found = {curve.group: curve for curve in curves}
+    for group in coupling.groups:
+        if group.name not in found or found[group.name].channels != group.channels:
+            raise PruningError(
+                f"the sensitivity scan has no curve of {group.name} with {group.channels} "
+                "channels: it is of another model; scan again"
+            )
+    return found
 
 
 def carrying(scores: Tensor, share: float) -> int:

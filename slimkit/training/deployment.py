@@ -158,6 +158,16 @@ class Loaders:
             )
         return loader
 
+    def validation(self) -> Any:
+        """Validation batches."""
+        loader = self._loader("validate", "val_dataloader", "val_dataloaders")
+        if not loader:
+            raise SlimkitError(
+                "the data has no validation loader: a sensitivity scan measures the loss on its "
+                "batches"
+            )
+        return loader
+
     def selection(self) -> Any:
         """Validation batches, to choose by, where there are test batches beside them; or None."""
         if not self._loader("test", "test_dataloader", "test_dataloaders"):

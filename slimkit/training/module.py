@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimkit.errors import SlimkitError
 from slimkit.pruning.removal import remove_
 from slimkit.pruning.report import PruningReport
+from slimkit.pruning.sensitivity import Curve
 from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization
 from slimkit.quantization.sites import Sites
@@ -82,6 +83,7 @@ class SlimModule(pl.LightningModule):
         self.recipe = _recipe(recipe)
         self.state = Progress()
         self.fake: FakeQuantization | None = None
+        self.curves: Sequence[Curve] | None = None  # for prune.ratios: sensitivity
         self.announce: Callable[[str], None] = _announce
         own = own_copy(module)
         self.inner: pl.LightningModule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.batches import first_sample, inputs_of
 from slimkit.batchnorm import reestimate_
-from slimkit.errors import PruningError
+from slimkit.errors import PruningError, SlimkitError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.cost import macs
 from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.masks import Masks
 from slimkit.pruning.prune import analyse, channel_multiple, cut_
-from slimkit.pruning.scores import group_scores, samples_in
+from slimkit.pruning.scores import DATA, group_scores, samples_in, scores_over_batches
 from slimkit.pruning.selection import Selector
+from slimkit.pruning.sensitivity import Curve
 from slimkit.pruning.statistics import MEASURED, Measured, measure
 from slimkit.pruning.targets import Target
 from slimkit.recipe import Prune
@@ -50,12 +51,20 @@ def selector_of(
     inputs: tuple[Any, ...],
     recipe: Prune,
     backends: Iterable[str],
+    curves: Sequence[Curve] | None = None,
 ) -> Selector:
     """What chooses the channels that a recipe's options, and the runtimes it exports to, leave.
 
     Raises:
-        PruningError: an option does not fit the network.
+        PruningError: an option does not fit the network, or the recipe's ratios follow from a
+            sensitivity scan and there are no `curves`.
     """
+    by_curves = recipe.ratios == "sensitivity"
+    if by_curves and curves is None:
+        raise PruningError(
+            "prune.ratios: sensitivity needs a scan: start the recipe with `slimkit run`, or set "
+            "the module's `curves` to what slimkit.training.pruning_scan.curves_of gives"
+        )
     return Selector(
         network,
         coupling,
@@ -64,10 +73,53 @@ def selector_of(
         min_channels=recipe.min_channels,
         ranking=recipe.ranking,
         max_ratio=recipe.max_ratio,
-        ratios=recipe.ratios,
+        ratios=None if recipe.ratios == "sensitivity" else recipe.ratios,
         multiple=channel_multiple(backends),
         protect_first=recipe.protect_first,
+        curves=curves if by_curves else None,
     )
+
+
+def scores_of(
+    inner: pl.LightningModule,
+    network: nn.Module,
+    coupling: Coupling,
+    recipe: Prune,
+    batches: Iterable[Any],
+) -> dict[str, Tensor]:
+    """What the recipe's criterion says of each group's channels, before any training.
+
+    Args:
+        inner: gives the loss, where the criterion needs gradients.
+        network: its network.
+        coupling: the network's groups.
+        recipe: names the criterion.
+        batches: training batches, for gradients and activations.
+
+    Raises:
+        SlimkitError: the criterion needs a loss, and `inner` gives none.
+    """
+    ref = recipe.criterion
+    criterion: Criterion = discover().create("criterion", ref.name, ref.options)
+    if not criterion.needs & DATA:
+        return group_scores(network, coupling, criterion)
+
+    def loss(_network: nn.Module, batch: Any) -> Tensor:
+        output: Any = inner.training_step(batch, 0)
+        loss = output["loss"] if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor):
+            raise SlimkitError(
+                f"criterion {ref.name!r} needs the loss that training_step returns, but it "
+                f"returned {type(loss).__name__}; choose one such as 'l1'"
+            )
+        return loss
+
+    inner.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
+    try:
+        count = recipe.data_batches
+        return scores_over_batches(network, coupling, criterion, batches, loss, count)
+    finally:
+        del inner.log
 
 
 class PruningCallback(pl.Callback):
@@ -196,7 +248,9 @@ class PruningCallback(pl.Callback):
             )
         self.masks = Masks(coupling, self.module.state.living)
         backends = [plugin.name for plugin in self.module.recipe.export]
-        self.selector = selector_of(network, coupling, inputs, self.recipe, backends)
+        self.selector = selector_of(
+            network, coupling, inputs, self.recipe, backends, self.module.curves
+        )
         # A target out of reach is said now, not after the window
         flat = {g.name: torch.ones(g.channels, dtype=torch.float64) for g in coupling.groups}
         self.selector.choose(flat, self.target)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,17 @@ from slimkit.batchnorm import reestimate_
 from slimkit.deploy.folder import check_target
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
-from slimkit.interfaces import Criterion
 from slimkit.progress import is_quiet
 from slimkit.pruning.prune import cut_to_target_
-from slimkit.pruning.scores import DATA, group_scores, scores_over_batches
 from slimkit.recipe import Import, Recipe
-from slimkit.registry import discover
+from slimkit.report.curves import write_curves
 from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
-from slimkit.training.pruning import coupling_of, selector_of, target_of
+from slimkit.training.pruning import coupling_of, scores_of, selector_of, target_of
+from slimkit.training.pruning_scan import curves_of
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
@@ -85,7 +83,7 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
     with muted():
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     data = build(data_import.model_dump(), "data", pl.LightningDataModule)
-    _check_loaders(data)
+    _check_loaders(data, recipe)
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     model = build(model_import.model_dump(), "model", nn.Module)
     if recipe.weights is not None:
@@ -94,6 +92,17 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
         model = _pretrained(recipe, model, data, work, say)
     module = SlimModule(model, recipe)
     module.announce = say
+    if recipe.prune is not None and recipe.prune.ratios == "sensitivity":
+        with timing.part("scanning sensitivity"):
+            say("measuring how sensitive each group is to pruning")
+            module.curves = curves_of(
+                module,
+                build(data_import.model_dump(), "data", pl.LightningDataModule),
+                scan_folder(output),
+                say=say,
+                trainer={"accelerator": recipe.trainer.accelerator},
+            )
+            write_curves(scan_folder(output), module.curves)
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     with timing.part("pruning, distilling, quantization-aware training"):
         if recipe.trainer.max_epochs:
@@ -115,7 +124,12 @@ def _needed(recipe: Recipe) -> tuple[Import, Import]:
     return recipe.model, recipe.data
 
 
-def _check_loaders(data: pl.LightningDataModule) -> None:
+def scan_folder(output: Path) -> Path:
+    """Where the sensitivity scan of a run lies: beside the artifact, for further runs."""
+    return output.with_name(f"{output.name}-sensitivity")
+
+
+def _check_loaders(data: pl.LightningDataModule, recipe: Recipe) -> None:
     """Say before any training that something to train or to measure on is missing."""
     own = type(data)
     if own.train_dataloader is pl.LightningDataModule.train_dataloader:
@@ -125,6 +139,12 @@ def _check_loaders(data: pl.LightningDataModule) -> None:
         raise SlimkitError(
             f"data: {own.__name__} has neither a test nor a validation loader: accuracy and "
             "agreement cannot be measured"
+        )
+    scanned = recipe.prune is not None and recipe.prune.ratios == "sensitivity"
+    if scanned and own.val_dataloader is pl.LightningDataModule.val_dataloader:
+        raise SlimkitError(
+            f"data: {own.__name__} has no validation loader, which prune.ratios: sensitivity "
+            "measures on"
         )
 
 
@@ -216,33 +236,10 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
         raise SlimkitError("the training data is empty: it gave no batch")
     inputs = first_sample(inputs_of(batch, network))
     module.state.example_inputs = inputs
-    criterion: Criterion = discover().create(
-        "criterion", section.criterion.name, section.criterion.options
-    )
     coupling = coupling_of(network, inputs, section)
     backends = [plugin.name for plugin in module.recipe.export]
-    selector = selector_of(network, coupling, inputs, section, backends)
-    if criterion.needs & DATA:
-        step = module.inner.training_step
-
-        def loss(_network: nn.Module, batch: Any) -> torch.Tensor:
-            output: Any = step(batch, 0)
-            loss = output["loss"] if isinstance(output, dict) else output
-            if not isinstance(loss, torch.Tensor):
-                raise SlimkitError(
-                    f"criterion {section.criterion.name!r} needs the loss that training_step "
-                    f"returns, but it returned {type(loss).__name__}; choose one such as 'l1'"
-                )
-            return loss
-
-        module.inner.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
-        batches = islice(loaders.calibration(), section.data_batches)
-        scores = scores_over_batches(
-            network, coupling, criterion, batches, loss, section.data_batches
-        )
-        del module.inner.log
-    else:
-        scores = group_scores(network, coupling, criterion)
+    selector = selector_of(network, coupling, inputs, section, backends, module.curves)
+    scores = scores_of(module.inner, network, coupling, section, loaders.calibration())
     report = cut_to_target_(network, selector, scores, target_of(section), inputs)
     module.state.cut = True
     used = reestimate_(network, loaders.calibration(), section.batchnorm_batches)
