@@ -27,6 +27,7 @@ from slimkit.fields import (
     Fraction,
     ImportPath,
     KeptFloat,
+    Moment,
     NotAll,
     NotNone,
     OneOrTwo,
@@ -153,6 +154,24 @@ class Target(_Node):
         return next(iter(self._given().values()))
 
 
+class Regularizer(_Node):
+    """A penalty that makes channels small before they are removed."""
+
+    name: Literal["bn-scale", "group-lasso", "growing"] = Field(
+        description="The sum of batch-norm's gammas; the sum of the channels' L2 norms over all "
+        "coupled layers; or an L2 penalty that grows on the channels that score least, best with "
+        "'schedule: one-shot', which removes them when it has grown.",
+    )
+    strength: OverZero | None = Field(
+        default=None,
+        description="Factor of the penalty, for growing at the end of `during`; null: 1e-4 for "
+        "bn-scale, 1e-3 for group-lasso, 1 for growing.",
+    )
+
+
+ARegularizer = Annotated[Regularizer, bare("name", str | Regularizer)]
+
+
 class Prune(_Node):
     """Remove channels during a part of the training."""
 
@@ -182,14 +201,23 @@ class Prune(_Node):
         description="Largest fraction of its channels that a group may lose, or two for the first "
         "and the last group; null: 0.95, or the target's ratio where that is more.",
     )
-    during: tuple[Fraction, Fraction] = Field(
-        default=(0.0, 0.4), description="Begin and end, as fractions of the training."
+    during: tuple[Moment, Moment] = Field(
+        default=(0.0, 0.4),
+        description="Begin and end: fractions of the training from 0 to 1, or whole numbers of "
+        "optimizer steps above 1.",
     )
     steps: Positive = Field(
         default=10, description="How often more is masked between begin and end."
     )
-    schedule: Literal["cubic", "linear", "one-shot"] = Field(
-        default="cubic", description="How the pruned fraction grows between begin and end."
+    schedule: Literal["cubic", "linear", "iterative", "one-shot"] = Field(
+        default="cubic",
+        description="How the pruned fraction grows between begin and end: most of it early, "
+        "evenly, the same fraction of what is left at each step, or all at the end.",
+    )
+    regularizer: ARegularizer | None = Field(
+        default=None,
+        description="Penalty on the channels that may go, from the begin of the training (growing: "
+        "of `during`) until they are removed.",
     )
     engine: Literal["slimkit", "export", "torch-pruning"] = Field(
         default="slimkit", description="What finds the channels that belong together."
@@ -229,10 +257,18 @@ class Prune(_Node):
 
     @field_validator("during")
     @classmethod
-    def _in_order(cls, during: tuple[float, float]) -> tuple[float, float]:
-        if during[0] > during[1]:
+    def _in_order(cls, during: tuple[float | int, float | int]) -> tuple[float | int, float | int]:
+        if type(during[0]) is type(during[1]) and during[0] > during[1]:
             raise ValueError(f"should begin before it ends, not {list(during)}")
         return during
+
+    @field_validator("regularizer")
+    @classmethod
+    def _has_time(cls, regularizer: Regularizer | None, info: ValidationInfo) -> Regularizer | None:
+        begin, end = info.data.get("during", (0.0, 1.0))
+        if regularizer is not None and regularizer.name == "growing" and begin == end:
+            raise ValueError(f"growing needs time, but 'during' begins and ends at {end}")
+        return regularizer
 
 
 class Distill(_Node):
@@ -445,7 +481,7 @@ class Recipe(_Node):
     def _quantize_after_the_cut(self) -> Self:
         if self.prune and self.quantize and self.quantize.train_from is not None:
             begin, end = self.quantize.train_from, self.prune.during[1]
-            if begin < end:
+            if isinstance(end, float) and begin < end:  # steps are compared when training starts
                 raise Misfit(
                     "quantize.train_from",
                     f"should not be before the end of prune.during ({end}), not {begin}",

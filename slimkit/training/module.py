@@ -20,6 +20,7 @@ from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization
 from slimkit.quantization.sites import Sites
 from slimkit.recipe import Recipe
+from slimkit.training.averages import averages_of
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
@@ -181,7 +182,9 @@ class SlimModule(pl.LightningModule):
         self.state = Progress(**saved["progress"])
         if saved["report"] is not None:
             report = PruningReport(**saved["report"])
-            remove_(self.network, report.kept, report.attributes)
+            averages = averages_of(self, self.trainer) if self._trainer is not None else []
+            for network in (self.network, *averages):
+                remove_(network, report.kept, report.attributes)
             self.network.slimkit_pruning = report  # type: ignore[assignment]
         quantize = self.recipe.quantize
         if saved["fake"] is not None and quantize is not None:

@@ -13,19 +13,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.batches import first_sample, inputs_of
 from slimkit.batchnorm import reestimate_
-from slimkit.errors import PruningError
+from slimkit.errors import PruningError, SlimkitError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.cost import macs
 from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.masks import Masks
 from slimkit.pruning.prune import analyse, channel_multiple, cut_
+from slimkit.pruning.regularizers import REGULARIZERS, Growing, Regularizer
+from slimkit.pruning.removal import fitted, kept_positions, remove_, rescale_
+from slimkit.pruning.schedules import amount
 from slimkit.pruning.scores import group_scores
 from slimkit.pruning.selection import Selector
 from slimkit.pruning.targets import Target
 from slimkit.recipe import Prune
 from slimkit.registry import discover
+from slimkit.training.averages import averages_of
+from slimkit.training.following import log_pruning
 from slimkit.training.optimizers import shrink_optimizers_
-from slimkit.training.timeline import progress
+from slimkit.training.timeline import moment, progress
 
 if TYPE_CHECKING:
     from slimkit.training.module import SlimModule
@@ -84,33 +89,69 @@ class PruningCallback(pl.Callback):
         )
         self.masks: Masks | None = None
         self.selector: Selector | None = None
+        self.regularizer: Regularizer | None = None
+        self._window = (0.0, 1.0)
+        self._averages: list[nn.Module] | None = None
+        self._batch_idx = 0
+        self._collected = False  # whether the batch's gradients are in the scores
+        self._chosen: dict[str, Tensor] = {}  # what a growing regularizer penalises
         self._scores: dict[str, Tensor] = {}
         self._settling: dict[_BatchNorm, float | None] = {}
         self._settle_left = 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped."""
-        return {"scores": self._scores, "settle_left": self._settle_left}
+        return {
+            "scores": self._scores,
+            "settle_left": self._settle_left,
+            "chosen": self._chosen,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the scores collected and the batch-norm batches left."""
         self._scores, self._settle_left = state_dict["scores"], state_dict["settle_left"]
+        self._chosen = state_dict.get("chosen", {})
 
-    def on_train_start(self, _trainer: pl.Trainer, _module: pl.LightningModule) -> None:
-        """Go on settling batch-norm where the run was resumed in the middle of it."""
+    def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Place the window; go on settling batch-norm where the run was resumed in its middle."""
+        self._window = self._placed(trainer)
         if self._settle_left and not self._settling:
             self._start_settling()
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, _module: pl.LightningModule, batch: Any, _batch_idx: int
+        self, trainer: pl.Trainer, _module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Analyse at the first batch; cut when the window has closed."""
+        self._batch_idx, self._collected = batch_idx, False
         state = self.module.state
         if not state.cut and self.masks is None:
             state.example_inputs = first_sample(inputs_of(batch, self.module.network))
             self._analyse()
         if not state.cut and state.updates >= self._updates:
             self._cut(trainer)
+
+    def on_before_optimizer_step(
+        self,
+        trainer: pl.Trainer,
+        _module: pl.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Add the regularizer's gradient; criteria see the loss's alone where it can be told apart.
+
+        Gradients are complete and unscaled here, and not clipped yet.
+        """
+        if self.regularizer is None or self.module.state.cut:
+            return
+        begin, end = self._window
+        if progress(trainer, self._batch_idx + 1) >= begin:
+            if "gradient" in self.criterion.needs and len(trainer.optimizers) == 1:
+                self._collect_scores()
+                self._collected = True
+            if isinstance(self.regularizer, Growing):
+                passed = (progress(trainer, self._batch_idx) - begin) / max(end - begin, 1e-9)
+                steps = self.recipe.steps
+                self._grow(self.regularizer, min(steps, math.floor(passed * steps) + 1) / steps)
+        self.regularizer.add_([p for group in optimizer.param_groups for p in group["params"]])
 
     def on_train_batch_end(
         self,
@@ -125,11 +166,11 @@ class PruningCallback(pl.Callback):
         state = self.module.state
         if state.cut or self.masks is None:
             return
-        begin, end = self.recipe.during
+        begin, end = self._window
         now = progress(trainer, batch_idx + 1)
         if now >= begin:
             needs_gradient = "gradient" in self.criterion.needs
-            if needs_gradient:
+            if needs_gradient and not self._collected:
                 self._collect_scores()
             window = max(end - begin, 1e-9)
             due = min(self._updates, math.floor((now - begin) / window * self._updates + 1e-9))
@@ -139,7 +180,8 @@ class PruningCallback(pl.Callback):
                 if not needs_gradient:
                     self._collect_scores()
                 self._update(due)
-        self.masks.apply_(self.module.network)
+        for network in (self.module.network, *self._averaged(trainer)):
+            self.masks.apply_(network)
 
     def on_train_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Cut at the latest when training ends."""
@@ -169,6 +211,35 @@ class PruningCallback(pl.Callback):
     def _updates(self) -> int:
         return 1 if self.recipe.schedule == "one-shot" else self.recipe.steps
 
+    def _placed(self, trainer: pl.Trainer) -> tuple[float, float]:
+        """Begin and end of the window as fractions of the training.
+
+        Raises:
+            SlimkitError: it ends after the training, or after rounding has begun.
+        """
+        first, last = self.recipe.during
+        try:
+            begin, end = moment(trainer, first), moment(trainer, last)
+        except SlimkitError as error:
+            raise SlimkitError(f"prune.during: {error}") from error
+        if begin > end:
+            raise SlimkitError(
+                f"prune.during: should begin before it ends, but {first} is "
+                f"{begin:.1%} of this training and {last} is {end:.1%}"
+            )
+        quantize = self.module.recipe.quantize
+        if quantize is not None and quantize.train_from is not None and quantize.train_from < end:
+            raise SlimkitError(
+                f"quantize.train_from: should not be before the end of prune.during, step {last} "
+                f"or {end:.4g} of this training, but is {quantize.train_from}"
+            )
+        return begin, end
+
+    def _averaged(self, trainer: pl.Trainer) -> list[nn.Module]:
+        if self._averages is None:
+            self._averages = averages_of(self.module, trainer)
+        return self._averages
+
     def _analyse(self) -> None:
         network, inputs = self.module.network, self.module.state.example_inputs
         coupling = coupling_of(network, inputs, self.recipe)
@@ -186,6 +257,30 @@ class PruningCallback(pl.Callback):
         # A target out of reach is said now, not after the window
         flat = {g.name: torch.ones(g.channels, dtype=torch.float64) for g in coupling.groups}
         self.selector.choose(flat, self.target)
+        if self.recipe.regularizer is not None:
+            groups, wanted = self.selector.prunable(self.target), self.recipe.regularizer
+            self.regularizer = REGULARIZERS[wanted.name](network, groups, wanted.strength)
+            left_out = [name for name, places in self.regularizer.places.items() if not places]
+            if left_out:
+                self.module.say(f"{wanted.name} finds nothing to penalise in {', '.join(left_out)}")
+            if isinstance(self.regularizer, Growing):
+                self.regularizer.chosen = self._chosen
+
+    def _grow(self, regularizer: Growing, grown: float) -> None:
+        """Choose what would go now, once, and let its penalty grow."""
+        assert self.masks is not None
+        assert self.selector is not None
+        if not self._chosen:
+            scores = self._scores or group_scores(
+                self.module.network, self.masks.coupling, self.criterion
+            )
+            kept = self.selector.choose(
+                self.masks.silence(scores), self.target, carried=self.module.state.carried
+            ).kept
+            groups = {g.name: torch.arange(g.channels) for g in self.masks.coupling.groups}
+            self._chosen = {n: c[~torch.isin(c, kept[n])] for n, c in groups.items()}
+            regularizer.chosen = self._chosen
+        regularizer.grown = grown
 
     def _collect_scores(self) -> None:
         """Add the scores of the present weights and gradients to those since the last update."""
@@ -197,17 +292,25 @@ class PruningCallback(pl.Callback):
     def _update(self, due: int) -> None:
         assert self.masks is not None
         assert self.selector is not None
-        fraction = due / self._updates
-        amount = fraction if self.recipe.schedule != "cubic" else 1 - (1 - fraction) ** 3
+        left = self.selector.left(self.target)
+        share = amount(self.recipe.schedule, due / self._updates, left)
         scores = self.masks.silence(self._scores)
         state = self.module.state
-        choice = self.selector.choose(scores, self.target, progress=amount, carried=state.carried)
+        choice = self.selector.choose(scores, self.target, progress=share, carried=state.carried)
         self.masks.kept = choice.kept
         self._scores = {}
         state.updates = due
         state.living = {name: kept.clone() for name, kept in choice.kept.items()}
         state.carried = choice.carried
         state.macs_left = choice.macs / self.selector.dense_macs
+        channels = {g.name: g.channels for g in self.masks.coupling.groups}
+        dead = {name: 1 - len(kept) / channels[name] for name, kept in choice.kept.items()}
+        log_pruning(self.module.trainer, self.module.network, dead, state.macs_left)
+        total, living = sum(channels.values()), sum(map(len, choice.kept.values()))
+        self.module.say(
+            f"masked {total - living} of {total} channels, step {due} of {self._updates}: "
+            f"{state.macs_left:.1%} of the MACs are left"
+        )
 
     def _cut(self, trainer: pl.Trainer) -> None:
         """Remove the dead channels, from the optimizers too, and settle batch-norm."""
@@ -216,6 +319,10 @@ class PruningCallback(pl.Callback):
         named = network.named_parameters(remove_duplicate=False)
         shapes = {name: tuple(p.shape) for name, p in named}
         assert self.selector is not None
+        pairs = [(group, self.masks.kept[group.name]) for group in self.masks.coupling.groups]
+        for average in self._averaged(trainer):
+            rescale_(average, pairs)
+            remove_(average, kept_positions(pairs), fitted(pairs))
         report = cut_(
             network,
             self.masks.coupling,
