@@ -56,11 +56,12 @@ def problems(recipe_path: str | Path) -> list[Problem]:
 def _combinations(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.prune and not recipe.quantize:
         yield Problem("", "nothing to do: give 'prune', 'quantize' or both")
-    if not recipe.prune:
+    if not recipe.prune or recipe.prune.granularity != "channel":
+        without = "without 'prune'" if not recipe.prune else "by zero weights, which count, too"
         for name in ("macs_ratio", "params_ratio"):
             gate = getattr(recipe.gates, name)
             if gate is not None and gate < 1:
-                yield Problem(f"gates.{name}", f"{gate} cannot be reached without 'prune'")
+                yield Problem(f"gates.{name}", f"{gate} cannot be reached {without}")
 
 
 def _plugins(document: Mapping[str, Any]) -> Iterator[Problem]:

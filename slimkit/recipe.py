@@ -178,8 +178,15 @@ class Prune(_Node):
     criterion: APlugin = Field(
         default=PluginRef(name="l1"), description="What makes a channel important."
     )
-    granularity: Literal["channel"] = Field(
-        default="channel", description="What is removed as a whole."
+    granularity: Literal["channel", "element", "block", "2:4"] = Field(
+        default="channel",
+        description="What is removed as a whole. Of convolutions and linear layers, element zeroes "
+        "single weights, block blocks of them, and 2:4 two of each four along the input dimension; "
+        "zeros make files compress better, but nothing faster.",
+    )
+    block_size: tuple[Positive, Positive] | None = Field(
+        default=None,
+        description="Outputs and inputs of a block; null: [1, 4] where granularity is block.",
     )
     ratios: dict[str, NotAll] = Field(
         default={},
@@ -189,7 +196,8 @@ class Prune(_Node):
     target: Target | None = Field(
         default=None,
         validate_default=True,
-        description="How far to prune; may be left out where `ratios` says what is removed.",
+        description="How far to prune; may be left out where `ratios` says what is removed. For "
+        "element and block `ratio`, the fraction of the weights that is zero; none for 2:4.",
     )
     ranking: Literal["global", "local", "isomorphic"] = Field(
         default="global",
@@ -251,9 +259,46 @@ class Prune(_Node):
     @field_validator("target")
     @classmethod
     def _or_ratios(cls, target: Target | None, info: ValidationInfo) -> Target | None:
+        granularity = info.data.get("granularity", "channel")
+        if granularity == "2:4":
+            if target is not None:
+                raise ValueError("2:4 zeroes half of the weights, always: leave the target out")
+            return target
+        if granularity != "channel" and (target is None or target.kind != "ratio"):
+            raise ValueError(
+                f"granularity {granularity} needs ratio, the fraction of the weights that is zero"
+            )
         if target is None and info.data.get("ratios") == {}:
             raise ValueError("is required, unless 'ratios' says what is removed")
         return target
+
+    @field_validator("block_size")
+    @classmethod
+    def _of_blocks(
+        cls, block_size: tuple[int, int] | None, info: ValidationInfo
+    ) -> tuple[int, int] | None:
+        granularity = info.data.get("granularity", "block")
+        if block_size is not None and granularity != "block":
+            raise ValueError(f"needs granularity block, not {granularity}")
+        return block_size
+
+    @field_validator(
+        "ratios",
+        "ranking",
+        "engine",
+        "attention",
+        "round_to",
+        "min_channels",
+        "regularizer",
+    )
+    @classmethod
+    def _of_channels(cls, value: Any, info: ValidationInfo) -> Any:
+        granularity = info.data.get("granularity", "channel")
+        name = info.field_name or ""
+        fits = ("global", "local") if name == "ranking" else (cls.model_fields[name].default,)
+        if granularity != "channel" and value not in fits:
+            raise ValueError(f"is about channels: leave it out with granularity {granularity}")
+        return value
 
     @field_validator("during")
     @classmethod

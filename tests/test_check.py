@@ -174,6 +174,12 @@ def test_a_gate_on_cost_needs_pruning(here):
     assert list(problems) == ["gates.macs_ratio"]
 
 
+def test_zero_weights_reach_no_gate_of_costs(here):
+    problems = found(here, prune={"granularity": "2:4"}, gates={"macs_ratio": 0.5})
+    assert list(problems) == ["gates.macs_ratio"]
+    assert "by zero weights" in problems["gates.macs_ratio"]
+
+
 def test_what_the_schema_refuses_hides_no_other_problem(here):
     problems = found(
         here,

@@ -92,7 +92,7 @@ def test_without_ratios_a_target_is_required(ratios):
 
 def test_prune_takes_the_options_of_the_recipe_under_the_same_names():
     taken = set(inspect.signature(prune).parameters)
-    only_trained = {"during", "steps", "schedule", "granularity", "regularizer"}
+    only_trained = {"during", "steps", "schedule", "regularizer"}
     assert set(Prune.model_fields) - only_trained <= taken
 
 
@@ -158,7 +158,8 @@ REFUSED = {
     "prune.regularizer.name": ["l1", None],
     "prune.steps": [0, 2.5, True],
     "prune.schedule": ["cosine"],
-    "prune.granularity": ["2:4"],
+    "prune.granularity": ["4:8", None],
+    "prune.block_size": [4, [1, 4], "1x4"],
     "prune.round_to": [0],
     "prune.min_channels": [0],
     "prune.batchnorm_batches": [-1],
@@ -241,6 +242,47 @@ def test_growing_needs_time():
     document = with_("prune.regularizer", "growing")
     document["prune"]["during"] = [0.3, 0.3]
     assert "growing needs time" in problems(document)["prune.regularizer"]
+
+
+FINE = {
+    "2:4 with a target": ({"granularity": "2:4", "target": {"ratio": 0.5}}, "target", "half of"),
+    "element, flops": ({"granularity": "element", "target": {"flops": 0.5}}, "target", "ratio"),
+    "block, nothing": ({"granularity": "block"}, "target", "needs ratio"),
+    "channel, nothing": ({"granularity": "channel"}, "target", "is required"),
+    "block size": ({"granularity": "2:4", "block_size": [1, 4]}, "block_size", "block, not 2:4"),
+    **{
+        name: ({"granularity": "2:4", name: value}, name, "about channels: leave it out")
+        for name, value in {
+            "ratios": {"a": 0.5},
+            "ranking": "isomorphic",
+            "engine": "export",
+            "attention": "heads",
+            "round_to": 8,
+            "min_channels": 2,
+            "regularizer": "bn-scale",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("prune", "path", "message"), FINE.values(), ids=FINE)
+def test_what_does_not_go_with_a_granularity_is_refused(prune, path, message):
+    found = problems({**BASE, "prune": prune})
+    assert list(found) == [f"prune.{path}"]
+    assert message in found[f"prune.{path}"]
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"granularity": "2:4"},
+        {"granularity": "element", "target": {"ratio": 0.9}, "max_ratio": 0.95},
+        {"granularity": "block", "target": {"ratio": 0.5}, "block_size": [2, 2]},
+    ],
+)
+def test_a_recipe_of_a_granularity_survives_the_round_trip(prune):
+    recipe = Recipe.parse({**BASE, "prune": prune})
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 def test_an_item_of_a_list_has_its_index_in_the_path():

@@ -43,7 +43,7 @@ def group_scores(model: nn.Module, coupling: Coupling, criterion: Criterion) -> 
         layer = Layer(
             name=name,
             weight=weight.detach(),
-            gradient=_gradient(name, weight, criterion),
+            gradient=gradient_of(name, weight, criterion),
             norm_scale=_detached(tensors.get(f"{norm}.weight")),
         )
         score = criterion.score(layer).expand_as(weight)
@@ -65,7 +65,8 @@ def _normalized(group: str, total: Tensor, criterion: Criterion) -> Tensor:
     return total / mean if mean > 0 else total
 
 
-def _gradient(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
+def gradient_of(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
+    """The weight's gradient, where the criterion needs it."""
     if "gradient" not in criterion.needs:
         return None
     if weight.grad is None:
@@ -83,13 +84,14 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 def scores_over_batches(
     model: nn.Module,
-    coupling: Coupling,
+    coupling: Any,
     criterion: Criterion,
     batches: Iterable[Any],
     loss: Loss,
     count: int,
+    score: Callable[[nn.Module, Any, Criterion], dict[str, Tensor]] = group_scores,
 ) -> dict[str, Tensor]:
-    """`group_scores` averaged over the gradients of `count` batches; the model is not changed.
+    """`score` averaged over the gradients of `count` batches; the model is not changed.
 
     Raises:
         PruningError: there is no batch.
@@ -101,8 +103,8 @@ def scores_over_batches(
             used += 1
             model.zero_grad(set_to_none=True)
             loss(model, batch).backward()
-            for name, score in group_scores(model, coupling, criterion).items():
-                totals[name] = totals.get(name, 0.0) + score
+            for name, values in score(model, coupling, criterion).items():
+                totals[name] = totals.get(name, 0.0) + values
     if not totals:
         raise PruningError("the criterion needs gradients, but the data gave no batch")
     return {name: total / used for name, total in totals.items()}

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,10 @@ from slimkit.importing import build
 from slimkit.interfaces import Criterion
 from slimkit.progress import is_quiet
 from slimkit.pruning.prune import cut_to_target_
-from slimkit.pruning.scores import group_scores, scores_over_batches
-from slimkit.recipe import Import, Recipe
+from slimkit.pruning.report import PruningReport
+from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
+from slimkit.pruning.sparsity import zero_
+from slimkit.recipe import Import, Prune, Recipe
 from slimkit.registry import discover
 from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders, Release, deploy, rejected
@@ -37,6 +38,7 @@ from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
 from slimkit.training.pruning import coupling_of, selector_of, target_of
+from slimkit.training.sparsity import weights_ratio
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
@@ -219,37 +221,78 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     criterion: Criterion = discover().create(
         "criterion", section.criterion.name, section.criterion.options
     )
+    with _training_loss(module, section.criterion.name) as loss:
+        if section.granularity == "channel":
+            report = _cut_at_once(module, section, criterion, inputs, loaders, loss)
+        else:
+            report = zero_(
+                network,
+                inputs,
+                criterion,
+                section.granularity,
+                ratio=weights_ratio(section),
+                ranking=section.ranking,
+                max_ratio=section.max_ratio,
+                block_size=section.block_size or (1, 4),
+                protect=section.protect,
+                protect_first=section.protect_first,
+                batches=loaders.calibration(),
+                loss=loss,
+                count=section.data_batches,
+            )
+    module.state.cut = True
+    used = reestimate_(network, loaders.calibration(), section.batchnorm_batches)
+    weights = sum(count for count, _ in report.weights.values())
+    living = sum(count for _, count in report.weights.values())
+    zeros = f", {1 - living / weights:.1%} of the weights are zero" if weights else ""
+    say(
+        f"pruned at once to {report.macs[1] / report.macs[0]:.1%} of the MACs{zeros}; "
+        f"batch-norm re-estimated on {used} batches"
+    )
+
+
+def _cut_at_once(
+    module: SlimModule,
+    section: Prune,
+    criterion: Criterion,
+    inputs: tuple[Any, ...],
+    loaders: Loaders,
+    loss: Loss,
+) -> PruningReport:
+    network = module.network
     coupling = coupling_of(network, inputs, section)
     backends = [plugin.name for plugin in module.recipe.export]
     selector = selector_of(network, coupling, inputs, section, backends)
     if "gradient" in criterion.needs:
-        step = module.inner.training_step
-
-        def loss(_network: nn.Module, batch: Any) -> torch.Tensor:
-            output: Any = step(batch, 0)
-            loss = output["loss"] if isinstance(output, dict) else output
-            if not isinstance(loss, torch.Tensor):
-                raise SlimkitError(
-                    f"criterion {section.criterion.name!r} needs the loss that training_step "
-                    f"returns, but it returned {type(loss).__name__}; choose one such as 'l1'"
-                )
-            return loss
-
-        module.inner.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
-        batches = islice(loaders.calibration(), section.data_batches)
+        batches = loaders.calibration()
         scores = scores_over_batches(
             network, coupling, criterion, batches, loss, section.data_batches
         )
-        del module.inner.log
     else:
         scores = group_scores(network, coupling, criterion)
-    report = cut_to_target_(network, selector, scores, target_of(section), inputs)
-    module.state.cut = True
-    used = reestimate_(network, loaders.calibration(), section.batchnorm_batches)
-    say(
-        f"pruned at once to {report.macs[1] / report.macs[0]:.1%} of the MACs; "
-        f"batch-norm re-estimated on {used} batches"
-    )
+    return cut_to_target_(network, selector, scores, target_of(section), inputs)
+
+
+@contextmanager
+def _training_loss(module: SlimModule, criterion: str) -> Iterator[Loss]:
+    """The loss of the module's own training step, which logs nothing inside."""
+    step = module.inner.training_step
+
+    def loss(_network: nn.Module, batch: Any) -> torch.Tensor:
+        output: Any = step(batch, 0)
+        loss = output["loss"] if isinstance(output, dict) else output
+        if not isinstance(loss, torch.Tensor):
+            raise SlimkitError(
+                f"criterion {criterion!r} needs the loss that training_step returns, but it "
+                f"returned {type(loss).__name__}; choose one such as 'l1'"
+            )
+        return loss
+
+    module.inner.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
+    try:
+        yield loss
+    finally:
+        del module.inner.log
 
 
 class KeepLast(Checkpoint):

@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from slimkit import SlimModule
 from slimkit.errors import SlimkitError
-from slimkit.training.pruning import PruningCallback
+from slimkit.training.window import PruningCallback
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",  # the data is tiny
