@@ -212,6 +212,8 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     """One-shot pruning without training, for ``max_epochs: 0``."""
     section = module.recipe.prune
     assert section is not None
+    if section.regularizer is not None:
+        say(f"no {section.regularizer.name}: a regularizer needs training, and max_epochs is 0")
     network = module.network
     batch = next(iter(loaders.calibration()), None)
     if batch is None:
