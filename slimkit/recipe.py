@@ -165,7 +165,7 @@ class Regularizer(_Node):
     strength: OverZero | None = Field(
         default=None,
         description="Factor of the penalty, for growing at the end of `during`; null: 1e-4 for "
-        "bn-scale, 1e-3 for group-lasso, 1 for growing.",
+        "bn-scale, as for a long training, 1e-2 for group-lasso, 1 for growing.",
     )
 
 

@@ -91,7 +91,8 @@ class BNScale(Regularizer):
     """Sum of the absolute gammas of the batch-norms that channels pass, by its subgradient.
 
     Liu et al. 2017, Learning Efficient Convolutional Networks through Network Slimming,
-    https://arxiv.org/abs/1708.06519; the default strength is theirs for VGG on CIFAR.
+    https://arxiv.org/abs/1708.06519; the default strength is theirs for 160 epochs of VGG on CIFAR,
+    and hardly moves a gamma in a short training.
     """
 
     default = 1e-4
@@ -121,7 +122,7 @@ class GroupLasso(Regularizer):
     read it; biases and batch-norm do not count.
     """
 
-    default = 1e-3
+    default = 1e-2
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each weight over the norm of its channel, and 0 where the channel is 0."""
