@@ -41,12 +41,15 @@ format: $(TEST)/.ready  ## rewrite the code in the house's style
 	$(TEST)/bin/ruff check --fix
 	$(TEST)/bin/ruff format
 
-bench: $(TEST)/.ready  ## all of benchmarks/, an hour; SLIMKIT_DATA names the data folder
+bench: $(TEST)/.ready  ## all of benchmarks/, hours; SLIMKIT_DATA names the data folder
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/run.py --output runs/zoo
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/run.py --tool torch-pruning --output runs/zoo-peer
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/versus.py --output runs/versus.md
+	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/quantized.py --output runs/zoo-quantized
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/rounding.py --output runs/rounding.md
+	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/criteria.py --data $(SLIMKIT_DATA) --output runs/criteria.md
 	PYTHONPATH=. $(TEST)/bin/python benchmarks/qat_step.py --output runs/qat_step.md
+	PYTHONPATH=.:benchmarks:$(ZOO_PATH) $(TEST)/bin/python benchmarks/calibration.py --output runs/calibration.md
 	$(TEST)/bin/pip install --quiet --constraint constraints.txt pycocotools
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/quantization.py --data $(SLIMKIT_DATA) --output runs/quantization.md
 	$(TEST)/bin/slimkit run benchmarks/cifar10/recipe.yaml --output runs/cifar10

@@ -145,6 +145,12 @@ def imagenet(root: str, name: str, calibration: int = 256) -> Task:
     )
 
 
+def imagenet_labelled(root: str) -> tuple[Tensor, Tensor]:
+    """The ImageNet sample as `mobilenet_v1` takes it, and its labels, for criteria that train."""
+    pixels, labels = _imagenet(root, "imagenet_sample_256")
+    return mobilenet_v1.prepare(pixels).contiguous(), labels
+
+
 def _coco(root: str, part: str) -> tuple[dict[str, Any], dict[int, Image.Image]]:
     folder = data_folder(root, "coco") / "coco"
     truth = json.loads((folder / f"coco_{part}_instances.json").read_text())

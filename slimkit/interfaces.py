@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 __all__ = [
+    "Activation",
     "Backend",
     "Criterion",
     "Deployable",
@@ -30,20 +31,42 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class Activation:
+    """What a layer's output channels were like on data, behind its batch-norm and its activation.
+
+    Args:
+        mean: mean absolute value of each channel over samples and positions, shape (out,).
+        zeros: fraction of its values that are zero or below, shape (out,).
+    """
+
+    mean: Tensor
+    zeros: Tensor
+
+
+@dataclass(frozen=True)
 class Layer:
     """The tensors of one layer, as a criterion sees them.
+
+    What is optional is there if the criterion's `needs` names it.
 
     Args:
         name: dotted path of the weight in the model, such as ``layer1.0.conv1.weight``.
         weight: shape (out, in / groups, *kernel), or (out, in) of a linear layer; detached.
-        gradient: loss gradient of the weight, same shape, of one batch; given if needed.
-        norm_scale: gamma of the batch-norm that follows, shape (out,); given if needed and present.
+        gradient: loss gradient of the weight, same shape, of one batch.
+        norm_scale: gamma of the batch-norm that follows, shape (out,).
+        fisher: mean over samples of the squared gradient of each sample's loss, the weight's shape.
+        input_norm: root of the sum of squares of each input feature over samples and positions;
+            broadcasts to the weight, as (1, in, 1, 1) does, or (out, in / groups, 1, 1).
+        activation: what the layer's output was like.
     """
 
     name: str
     weight: Tensor
     gradient: Tensor | None = None
     norm_scale: Tensor | None = None
+    fisher: Tensor | None = None
+    input_norm: Tensor | None = None
+    activation: Activation | None = None
 
 
 class Criterion(ABC):
@@ -53,18 +76,26 @@ class Criterion(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Which optional fields of `Layer` must be filled: ``gradient``, ``norm_scale``.
+    """Which optional fields of `Layer` must be filled.
 
-    A criterion that needs gradients is scored once a batch and the scores are averaged.
+    A criterion that needs gradients is scored once a batch and the scores are averaged. A layer
+    that has no such thing (no batch-norm behind it, say) is not shown to the criterion.
+    """
+
+    comparable: ClassVar[bool] = False
+    """Whether scores of different groups are in one unit, such as a change of the loss.
+
+    Else each group's are divided by their mean before groups are ranked against each other.
     """
 
     @abstractmethod
     def score(self, layer: Layer) -> Tensor:
         """Importance of each weight, in any unit, at least 0; small is removed first.
 
-        Must broadcast to ``layer.weight``; (out, 1, 1, 1) scores output channels. slimkit sums the
-        scores over each channel and over all layers that are coupled to it. Must not change the
-        layer and must give the same scores for the same tensors.
+        Must broadcast to ``layer.weight``. A score of each weight is summed over each channel, both
+        in the layers that make it and in those that read it; (out, 1, 1, 1) is the score of output
+        channels and says nothing of inputs. slimkit adds up the scores of all layers that are
+        coupled. Must not change the layer and must give the same scores for the same tensors.
         """
 
 

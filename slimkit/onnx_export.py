@@ -9,7 +9,7 @@ import torch
 from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Deployable
-from slimkit.quiet import quiet
+from slimkit.silence import silenced
 
 
 def to_onnx(deployable: Deployable, backend: str) -> Any:
@@ -21,7 +21,7 @@ def to_onnx(deployable: Deployable, backend: str) -> Any:
     required("onnx", backend)
     required("onnxscript", backend)
     try:
-        with quiet():
+        with silenced():
             program = torch.onnx.export(
                 deployable.program, (), dynamo=True, verbose=False, optimize=True
             )

@@ -253,7 +253,7 @@ class Prune(_Node):
         description="Batches to re-estimate batch-norm statistics with after the cut; 0: off.",
     )
     data_batches: Positive = Field(
-        default=8, description="Batches for criteria that need gradients."
+        default=8, description="Batches for criteria that need gradients or activations."
     )
 
     @field_validator("target")

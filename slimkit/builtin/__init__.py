@@ -13,8 +13,14 @@ def slimkit_criteria() -> Iterator[Plugin]:
     here = "slimkit.builtin.criteria"
     yield Plugin("l1", f"{here}.magnitude:L1", "Sum of absolute weights")
     yield Plugin("l2", f"{here}.magnitude:L2", "Sum of squared weights")
-    yield Plugin("random", f"{here}.random:Random", "Random scores, the baseline to beat")
+    yield Plugin("fpgm", f"{here}.fpgm:FPGM", "Distance from the other filters")
+    yield Plugin("bn-scale", f"{here}.bn_scale:BatchNormScale", "Scale of the batch-norm behind it")
+    yield Plugin("lamp", f"{here}.lamp:LAMP", "Magnitude among larger weights")
     yield Plugin("taylor", f"{here}.taylor:Taylor", "First-order change of the loss")
+    yield Plugin("hessian", f"{here}.hessian:Hessian", "Second-order change of the loss")
+    yield Plugin("activation", f"{here}.activation:Activations", "Activations, mean or APoZ")
+    yield Plugin("wanda", f"{here}.wanda:Wanda", "Weights times norms of inputs")
+    yield Plugin("random", f"{here}.random:Random", "Random scores, the baseline to beat")
 
 
 @hookimpl

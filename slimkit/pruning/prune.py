@@ -31,9 +31,10 @@ from slimkit.pruning.removal import (
     rescale_,
 )
 from slimkit.pruning.report import PruningReport
-from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
+from slimkit.pruning.scores import DATA, Loss, group_scores, scores_over_batches
 from slimkit.pruning.selection import Selector
 from slimkit.pruning.sparsity import ratio_of, zero_
+from slimkit.pruning.statistics import MEASURED
 from slimkit.pruning.targets import COSTS, Target
 from slimkit.pruning.verification import verified
 from slimkit.registry import discover
@@ -252,7 +253,7 @@ def prune(
             them for the first and the last group of the model, with a straight line between.
             Left out, 0.95, or the target's ratio where that is more. Does not hold `ratios` back.
         data: batches, with or without labels, to re-estimate batch-norm and to take gradients
-            from; may be left out.
+            and activations from; may be left out.
         loss: takes (model, batch) and gives the scalar to differentiate; for criteria that need
             gradients. Left out, cross-entropy on (inputs, labels).
         protect: name patterns of layers that keep all channels that they make (and so do the layers
@@ -264,7 +265,7 @@ def prune(
             fastest, or of half of it, a quarter ... in groups of less than two multiples.
         backend: the runtimes that the model is for; see ``Backend.channel_multiple``.
         min_channels: the fewest channels of a group.
-        data_batches: batches for a criterion's gradients.
+        data_batches: batches for a criterion's gradients and activations.
         batchnorm_batches: batches for batch-norm re-estimation; 0 turns it off.
         engine: what finds coupled channels: ``slimkit`` (the operations of one forward),
             ``export`` (those in the graph of torch.export) or ``torch-pruning``.
@@ -315,10 +316,12 @@ def prune(
     inputs = as_inputs(example_inputs)
     multiple = channel_multiple([backend] if isinstance(backend, str) else backend)
     chosen = discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
-    if "gradient" in chosen.needs and data is None:
+    if chosen.needs & DATA and data is None:
+        what = "batches of inputs" if chosen.needs <= MEASURED else "batches of inputs and labels"
         raise PruningError(
-            f"criterion {criterion!r} needs gradients: pass data= (--data on the command line) "
-            "with batches of inputs and labels, or choose a criterion without data such as 'l1'"
+            f"criterion {criterion!r} needs {', '.join(sorted(chosen.needs & DATA))}: pass data= "
+            f"(--data on the command line) with {what}, or choose a criterion without data such "
+            "as 'l1'"
         )
     if isinstance(data, Iterator):  # it can be read once, but is needed twice
         data = list(islice(data, max(data_batches, batchnorm_batches)))
@@ -347,7 +350,7 @@ def prune(
                 block_size=block_size,
                 protect=protect,
                 protect_first=protect_first,
-                batches=data or (),
+                batches=data if data is not None else (),
                 loss=loss or cross_entropy,
                 count=data_batches,
             )
@@ -368,7 +371,7 @@ def prune(
             multiple=multiple,
             protect_first=protect_first,
         )
-        if "gradient" in chosen.needs:
+        if chosen.needs & DATA:
             assert data is not None
             scores = scores_over_batches(
                 small, coupling, chosen, data, loss or cross_entropy, data_batches

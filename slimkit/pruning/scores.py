@@ -2,35 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils._pytree import tree_leaves
 
+from slimkit.calls import map_tensors
 from slimkit.errors import PruningError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Criterion, Layer
+from slimkit.progress import track
 from slimkit.pruning.coupling import Coupling, Member
+from slimkit.pruning.statistics import MEASURED, Measured, measure
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Takes the model and one batch, gives the scalar to differentiate."""
 
+Score = Callable[
+    [
+        nn.Module,
+        Any,
+        Criterion,
+        Mapping[str, Measured] | None,
+        Mapping[str, Tensor] | None,
+    ],
+    dict[str, Tensor],
+]
+"""`group_scores`, or its like for what is no group of channels."""
 
-def group_scores(model: nn.Module, coupling: Coupling, criterion: Criterion) -> dict[str, Tensor]:
+
+SAMPLES = 32
+"""Of each batch, whose gradients are taken one by one for `slimkit.interfaces.Layer.fisher`."""
+
+DATA = MEASURED | {"gradient", "fisher"}
+"""What a criterion may need that only data gives."""
+
+
+def group_scores(
+    model: nn.Module,
+    coupling: Coupling,
+    criterion: Criterion,
+    measured: Mapping[str, Measured] | None = None,
+    fisher: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Importance of each channel: group name to float64 of shape (channels,).
 
-    The criterion's scores are summed over each channel's weights and over all coupled layers, and
-    divided by the group's mean, so that groups can be ranked against each other. Gradients, where
-    the criterion needs them, are taken from the parameters' ``.grad``.
+    The criterion's scores are summed over each channel's weights and over all coupled layers, and,
+    unless they are in one unit for all groups, divided by the group's mean, so that groups can be
+    ranked against each other. Gradients, where the criterion needs them, are taken from the
+    parameters' ``.grad``.
+
+    Args:
+        model: what the groups are of.
+        coupling: the groups.
+        criterion: scores their weights.
+        measured: by weight, what `slimkit.pruning.statistics.measure` found.
+        fisher: by weight, the mean of squared gradients.
 
     Raises:
-        PruningError: a gradient is missing, or a score is not finite.
+        PruningError: a gradient is missing, a score is not finite, or the criterion says nothing
+            about a group.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     totals = {g.name: torch.zeros(g.channels, dtype=torch.float64) for g in coupling.groups}
+    silent = set(totals)
     members: dict[str, list[tuple[str, Member]]] = {}
     for group in coupling.groups:
         for member in group.members:
@@ -40,19 +81,103 @@ def group_scores(model: nn.Module, coupling: Coupling, criterion: Criterion) -> 
         if weight is None or weight.dim() < 2:
             continue
         norm = next((member.norm for _, member in holders if member.norm), "")
-        layer = Layer(
-            name=name,
-            weight=weight.detach(),
-            gradient=gradient_of(name, weight, criterion),
-            norm_scale=_detached(tensors.get(f"{norm}.weight")),
-        )
-        score = criterion.score(layer).expand_as(weight)
+        gamma = tensors.get(f"{norm}.weight")
+        score = score_of(model, name, weight, criterion, measured, fisher, gamma)
+        if score is None:
+            continue
         for group_name, member in holders:
+            if score.shape[member.dim] == 1 < weight.shape[member.dim]:
+                continue  # it does not tell these channels apart
             others = [d for d in range(weight.dim()) if d != member.dim]
             sums = score.sum(others, dtype=torch.float64).cpu()
             inside = member.channel >= 0
             totals[group_name].index_add_(0, member.channel[inside], sums[inside])
+            silent.discard(group_name)
+    if silent:
+        name = next(g.name for g in coupling.groups if g.name in silent)
+        raise PruningError(
+            f"criterion {type(criterion).__name__} says nothing about the channels of {name!r}, "
+            f"which lack what it looks at ({', '.join(sorted(criterion.needs)) or 'weights'}): "
+            "protect that layer, or choose another criterion"
+        )
     return {name: _normalized(name, total, criterion) for name, total in totals.items()}
+
+
+def score_of(
+    model: nn.Module,
+    name: str,
+    weight: Tensor,
+    criterion: Criterion,
+    measured: Mapping[str, Measured] | None = None,
+    fisher: Mapping[str, Tensor] | None = None,
+    gamma: Tensor | None = None,
+) -> Tensor | None:
+    """What a criterion says of one weight; broadcasts to it as it lies in memory.
+
+    Args:
+        model: holds it.
+        name: of the weight.
+        weight: itself.
+        criterion: scores it.
+        measured: as for `group_scores`, as is the next.
+        fisher: by weight.
+        gamma: of the batch-norm that follows.
+
+    Returns:
+        None where the layer has not what the criterion needs.
+
+    Raises:
+        PruningError: a gradient is missing.
+    """
+    turned = _Turned.of(model, name)
+    data = measured.get(name) if measured is not None else None
+    shown = turned.layer(weight.detach())
+    squares = None if fisher is None else fisher.get(name)
+    layer = Layer(
+        name=name,
+        weight=shown,
+        gradient=turned.layer(_gradient(name, weight, criterion)),
+        norm_scale=_detached(gamma),
+        fisher=turned.layer(squares),
+        input_norm=None if data is None else data.input_norm(shown),
+        activation=None if data is None else data.activation,
+    )
+    if any(getattr(layer, field) is None for field in criterion.needs):
+        return None
+    return turned.back(criterion.score(layer), shown)
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """How a layer's weight lies in memory: transposed convolutions hold (in, out / groups, ...)."""
+
+    groups: int = 0  # 0: not transposed
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> _Turned:
+        module = model.get_submodule(name.rpartition(".")[0])
+        return cls(module.groups if isinstance(module, _ConvTransposeNd) else 0)
+
+    @overload
+    def layer(self, weight: Tensor) -> Tensor: ...
+    @overload
+    def layer(self, weight: Tensor | None) -> Tensor | None: ...
+    def layer(self, weight: Tensor | None) -> Tensor | None:
+        """As a criterion sees it: (out, in / groups, ...)."""
+        if weight is None or not self.groups:
+            return weight
+        parts = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return parts.flatten(0, 1)
+
+    def back(self, score: Tensor, weight: Tensor) -> Tensor:
+        """Scores as the weight lies in memory, from what broadcasts to the layer's `weight`."""
+        score = score.reshape([1] * (weight.dim() - score.dim()) + list(score.shape))
+        if not self.groups:
+            return score
+        if self.groups > 1 or score.shape[0] == 1:
+            score = score.expand(weight.shape)
+        parts = score.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return parts.flatten(0, 1)
 
 
 def _normalized(group: str, total: Tensor, criterion: Criterion) -> Tensor:
@@ -62,11 +187,10 @@ def _normalized(group: str, total: Tensor, criterion: Criterion) -> Tensor:
             f"group {group!r}; do its weights or gradients hold NaN or infinity?"
         )
     mean = total.mean()
-    return total / mean if mean > 0 else total
+    return total / mean if mean > 0 and not criterion.comparable else total
 
 
-def gradient_of(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
-    """The weight's gradient, where the criterion needs it."""
+def _gradient(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
     if "gradient" not in criterion.needs:
         return None
     if weight.grad is None:
@@ -89,9 +213,45 @@ def scores_over_batches(
     batches: Iterable[Any],
     loss: Loss,
     count: int,
-    score: Callable[[nn.Module, Any, Criterion], dict[str, Tensor]] = group_scores,
+    score: Score = group_scores,
 ) -> dict[str, Tensor]:
-    """`score` averaged over the gradients of `count` batches; the model is not changed.
+    """`score`, of `coupling`, with what the criterion needs of data; the model is not changed.
+
+    Scores that need gradients are averaged over those of `count` batches. For the Fisher
+    information, gradients are taken sample by sample, of at most `SAMPLES` of each batch.
+
+    Raises:
+        PruningError: there is no batch.
+    """
+    given = list(islice(batches, count)) if len(criterion.needs & DATA) > 1 else batches
+    found = measure(model, given, count) if criterion.needs & MEASURED else None
+    squares = None
+    if "fisher" in criterion.needs:
+        squares = fisher_of(model, given, loss, count)
+    if "gradient" not in criterion.needs:
+        return score(model, coupling, criterion, found, squares)
+    totals: dict[str, Tensor] = {}
+    used = 0
+    with _untouched(model):
+        for batch in islice(given, count):
+            used += 1
+            model.zero_grad(set_to_none=True)
+            loss(model, batch).backward()
+            scores = score(model, coupling, criterion, found, squares)
+            for name, values in scores.items():
+                totals[name] = totals.get(name, 0.0) + values
+    if not totals:
+        raise PruningError("the criterion needs gradients, but the data gave no batch")
+    return {name: total / used for name, total in totals.items()}
+
+
+def fisher_of(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, count: int
+) -> dict[str, Tensor]:
+    """Mean over samples of the squared gradient of each parameter, by its path.
+
+    This is the diagonal of the empirical Fisher information, by which the Hessian of a trained
+    network's loss is approximated. The model is not changed.
 
     Raises:
         PruningError: there is no batch.
@@ -99,15 +259,29 @@ def scores_over_batches(
     totals: dict[str, Tensor] = {}
     used = 0
     with _untouched(model):
-        for batch in islice(batches, count):
-            used += 1
-            model.zero_grad(set_to_none=True)
-            loss(model, batch).backward()
-            for name, values in score(model, coupling, criterion).items():
-                totals[name] = totals.get(name, 0.0) + values
-    if not totals:
+        for batch in track(islice(batches, count), "measuring Fisher information", count):
+            size = samples_in(batch)
+            for n in range(min(SAMPLES, size)):
+                model.zero_grad(set_to_none=True)
+                loss(model, _sample(batch, n, size)).backward()
+                for name, parameter in model.named_parameters(remove_duplicate=False):
+                    if parameter.grad is not None:
+                        square = parameter.grad.detach().square()
+                        totals[name] = totals[name] + square if name in totals else square
+                used += 1
+    if not used:
         raise PruningError("the criterion needs gradients, but the data gave no batch")
     return {name: total / used for name, total in totals.items()}
+
+
+def samples_in(batch: Any) -> int:
+    """How many samples a batch holds: the length of its first tensor."""
+    return next((t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
+
+
+def _sample(batch: Any, n: int, size: int) -> Any:
+    """The n-th sample of a batch, as a batch of one; what is not `size` long stays."""
+    return map_tensors(lambda t: t[n : n + 1] if t.dim() and len(t) == size else t, batch)
 
 
 @contextmanager

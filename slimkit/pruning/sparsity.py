@@ -17,14 +17,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from slimkit.batches import fresh
 from slimkit.errors import PruningError, did_you_mean
 from slimkit.evaluating import evaluating
-from slimkit.interfaces import Criterion, Layer
+from slimkit.interfaces import Criterion
 from slimkit.pruning.analysis import COLOURS
 from slimkit.pruning.cost import macs, parameters, size_mb
 from slimkit.pruning.granularity import Fine, M, N, choose
 from slimkit.pruning.patterns import check_pattern, covers
 from slimkit.pruning.report import PruningReport
-from slimkit.pruning.scores import Loss, gradient_of, scores_over_batches
+from slimkit.pruning.scores import DATA, Loss, score_of, scores_over_batches
 from slimkit.pruning.selection import FIRST
+from slimkit.pruning.statistics import Measured
 from slimkit.pruning.targets import Target
 
 DEPTHWISE = "depthwise: it has few weights, and needs them"
@@ -146,7 +147,7 @@ def check_criterion(criterion: Criterion, granularity: str) -> None:
     Raises:
         PruningError: it does.
     """
-    further = sorted(criterion.needs - {"gradient"})
+    further = sorted(criterion.needs & {"norm_scale", "activation"})
     if further:
         raise PruningError(
             f"criterion {type(criterion).__name__} needs {', '.join(further)}, by which it scores "
@@ -154,24 +155,49 @@ def check_criterion(criterion: Criterion, granularity: str) -> None:
         )
 
 
-def weight_scores(model: nn.Module, weights: Weights, criterion: Criterion) -> dict[str, Tensor]:
+def weight_scores(
+    model: nn.Module,
+    weights: Weights,
+    criterion: Criterion,
+    measured: Mapping[str, Measured] | None = None,
+    fisher: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Importance of each weight as the criterion gives it: parameter name to its own shape.
 
+    Args:
+        model: whose weights.
+        weights: those that may become zero.
+        criterion: scores them.
+        measured: as for `slimkit.pruning.scores.group_scores`, as is the next.
+        fisher: by weight.
+
     Raises:
-        PruningError: a gradient is missing, or a score is not finite.
+        PruningError: the criterion says nothing of a layer or not of each weight, a gradient is
+            missing, or a score is not finite.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     scores = {}
     for name in weights.axes:
         weight = tensors[name]
-        layer = Layer(name, weight.detach(), gradient_of(name, weight, criterion))
-        score = criterion.score(layer).expand_as(weight).float()
+        score = score_of(model, name, weight, criterion, measured, fisher)
+        kind = type(criterion).__name__
+        if score is None:
+            raise PruningError(
+                f"criterion {kind} says nothing about {name}, which lacks what it looks at "
+                f"({', '.join(sorted(criterion.needs))}): protect that layer, or choose another "
+                "criterion"
+            )
+        if score.shape != weight.shape:
+            raise PruningError(
+                f"criterion {kind} scores channels, not single weights: choose one such as l1 or "
+                f"taylor for {weights.granularity}"
+            )
         if not torch.isfinite(score).all():
             raise PruningError(
-                f"criterion {type(criterion).__name__} gave a score that is not a finite number in "
-                f"{name}; do its weights or gradients hold NaN or infinity?"
+                f"criterion {kind} gave a score that is not a finite number in {name}; do its "
+                "weights or gradients hold NaN or infinity?"
             )
-        scores[name] = score
+        scores[name] = score.float()
     return scores
 
 
@@ -296,7 +322,7 @@ def zero_(
         block_size: rows and columns of a block.
         protect: name patterns of layers that stay as they are.
         protect_first: whether the first convolution over an image or a signal does.
-        batches: for a criterion that needs gradients.
+        batches: for a criterion that needs data.
         loss: to differentiate.
         count: how many batches.
 
@@ -305,7 +331,7 @@ def zero_(
     """
     check_criterion(criterion, granularity)
     weights = Weights.of(model, inputs, granularity, protect, protect_first)
-    if "gradient" in criterion.needs:
+    if criterion.needs & DATA:
         assert loss is not None
         scores = scores_over_batches(
             model, weights, criterion, batches, loss, count, score=weight_scores

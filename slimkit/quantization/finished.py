@@ -23,7 +23,7 @@ from slimkit.interfaces import Deployable, Grid
 from slimkit.quantization.fake import FakeQuantization, QuantizedModel
 from slimkit.quantization.mode import SiteMode
 from slimkit.quantization.sites import Sites
-from slimkit.quiet import quiet
+from slimkit.silence import silenced
 
 _ops = torch.ops.quantized_decomposed
 _FOLDS_INTO = ("conv1d", "conv2d", "conv3d", "linear")
@@ -46,7 +46,7 @@ def finish(model: nn.Module, example_inputs: tuple[Any, ...]) -> Deployable:
     own = copied(model.model if isinstance(model, QuantizedModel) else model)
     module = Finished(own.cpu().eval(), copied(fake) if fake is not None else None, example_inputs)
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), silenced():
             program = torch.export.export(module.eval(), example_inputs, strict=False)
     except Exception as error:
         raise ExportError(

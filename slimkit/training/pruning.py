@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -20,6 +20,7 @@ from slimkit.pruning.removal import fitted, kept_positions, remove_, rescale_
 from slimkit.pruning.schedules import amount
 from slimkit.pruning.scores import group_scores
 from slimkit.pruning.selection import Selector
+from slimkit.pruning.statistics import Measured
 from slimkit.pruning.targets import Target
 from slimkit.recipe import Prune
 from slimkit.training.following import log_pruning
@@ -107,7 +108,7 @@ class ChannelPruning(PruningCallback):
             return
         begin, end = self._window
         if progress(trainer, self._batch_idx + 1) >= begin:
-            if "gradient" in self.criterion.needs and len(trainer.optimizers) == 1:
+            if self.needs_gradient and len(trainer.optimizers) == 1:
                 self._collect_scores()
                 self._collected = True
             if isinstance(self.regularizer, Growing):
@@ -147,23 +148,22 @@ class ChannelPruning(PruningCallback):
         assert isinstance(self.masks, Masks)
         assert self.selector is not None
         if not self._chosen:
-            scores = self._scores or group_scores(
-                self.module.network, self.masks.coupling, self.criterion
-            )
+            scores = self._scores or self._scores_now()
             kept = self.selector.choose(
                 self.masks.silence(scores), self.target, carried=self.module.state.carried
             ).kept
             groups = {g.name: torch.arange(g.channels) for g in self.masks.coupling.groups}
             self._chosen = {n: c[~torch.isin(c, kept[n])] for n, c in groups.items()}
             regularizer.chosen = self._chosen
+            self._measured = None  # the next scores are of other weights
         regularizer.grown = grown
 
-    def _collect_scores(self) -> None:
-        """Add the scores of the present weights and gradients to those since the last update."""
+    def _score(
+        self, measured: Mapping[str, Measured] | None, fisher: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
         assert isinstance(self.masks, Masks)
-        scores = group_scores(self.module.network, self.masks.coupling, self.criterion)
-        for name, score in scores.items():
-            self._scores[name] = self._scores.get(name, torch.zeros_like(score)) + score
+        network, coupling = self.module.network, self.masks.coupling
+        return group_scores(network, coupling, self.criterion, measured, fisher)
 
     def _update(self, due: int) -> None:
         assert isinstance(self.masks, Masks)
@@ -174,7 +174,7 @@ class ChannelPruning(PruningCallback):
         state = self.module.state
         choice = self.selector.choose(scores, self.target, progress=share, carried=state.carried)
         self.masks.kept = choice.kept
-        self._scores = {}
+        self._scores, self._measured = {}, None
         state.updates = due
         state.living = {name: kept.clone() for name, kept in choice.kept.items()}
         state.carried = choice.carried

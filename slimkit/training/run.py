@@ -28,7 +28,7 @@ from slimkit.interfaces import Criterion
 from slimkit.progress import is_quiet
 from slimkit.pruning.prune import cut_to_target_
 from slimkit.pruning.report import PruningReport
-from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
+from slimkit.pruning.scores import DATA, Loss, group_scores, scores_over_batches
 from slimkit.pruning.sparsity import zero_
 from slimkit.recipe import Import, Prune, Recipe
 from slimkit.registry import discover
@@ -265,7 +265,7 @@ def _cut_at_once(
     coupling = coupling_of(network, inputs, section)
     backends = [plugin.name for plugin in module.recipe.export]
     selector = selector_of(network, coupling, inputs, section, backends)
-    if "gradient" in criterion.needs:
+    if criterion.needs & DATA:
         batches = loaders.calibration()
         scores = scores_over_batches(
             network, coupling, criterion, batches, loss, section.data_batches

@@ -17,6 +17,7 @@ from slimkit.pruning.sparsity import (
     ratio_of,
     weight_scores,
 )
+from slimkit.pruning.statistics import Measured
 from slimkit.recipe import Prune
 from slimkit.training.following import log_pruning
 from slimkit.training.window import PruningCallback
@@ -68,17 +69,18 @@ class WeightPruning(PruningCallback):
         # a fraction out of reach is said now, not after the window
         self._choose({name: kept.float() for name, kept in self.masks.kept.items()}, self.ratio)
 
-    def _collect_scores(self) -> None:
+    def _score(
+        self, measured: Mapping[str, Measured] | None, fisher: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
         assert isinstance(self.masks, WeightMasks)
-        scores = weight_scores(self.module.network, self.masks.weights, self.criterion)
-        for name, score in scores.items():
-            self._scores[name] = self._scores[name] + score if name in self._scores else score
+        network, weights = self.module.network, self.masks.weights
+        return weight_scores(network, weights, self.criterion, measured, fisher)
 
     def _update(self, due: int) -> None:
         assert isinstance(self.masks, WeightMasks)
         share = amount(self.recipe.schedule, due / self._updates, 1 - self.ratio)
         self.masks.kept = self._choose(self.masks.silence(self._scores), self.ratio * share)
-        self._scores = {}
+        self._scores, self._measured = {}, None
         state = self.module.state
         state.updates = due
         state.living = {name: kept.clone() for name, kept in self.masks.kept.items()}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytorch_lightning as pl
@@ -15,7 +18,9 @@ from slimkit.batchnorm import reestimate_
 from slimkit.errors import SlimkitError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.masks import Masks
+from slimkit.pruning.scores import samples_in
 from slimkit.pruning.sparsity import WeightMasks
+from slimkit.pruning.statistics import MEASURED, Measured, measure
 from slimkit.recipe import Prune
 from slimkit.registry import discover
 from slimkit.training.averages import averages_of
@@ -47,7 +52,10 @@ class PruningCallback(pl.Callback, ABC):
         self._averages: list[nn.Module] | None = None
         self._batch_idx = 0
         self._collected = False  # whether the batch's gradients are in the scores
+        self._samples = 1  # of the batch
         self._scores: dict[str, Tensor] = {}
+        self._recent: deque[Any] = deque(maxlen=recipe.data_batches)  # what a forward measures
+        self._measured: dict[str, Measured] | None = None
         self._settling: dict[_BatchNorm, float | None] = {}
         self._settle_left = 0
 
@@ -56,8 +64,10 @@ class PruningCallback(pl.Callback, ABC):
         """Find what may go, and set the masks to what has gone already."""
 
     @abstractmethod
-    def _collect_scores(self) -> None:
-        """Add the scores of the present weights and gradients to those since the last update."""
+    def _score(
+        self, measured: Mapping[str, Measured] | None, fisher: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """What the criterion says of the present weights and gradients."""
 
     @abstractmethod
     def _update(self, due: int) -> None:
@@ -81,15 +91,21 @@ class PruningCallback(pl.Callback, ABC):
         if self._settle_left and not self._settling:
             self._start_settling()
 
+    def on_train_epoch_start(self, _trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Forget the batches of the epoch before, which a resumed run has not seen."""
+        self._recent.clear()
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, _module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Analyse at the first batch; finish when the window has closed."""
-        self._batch_idx, self._collected = batch_idx, False
+        self._batch_idx, self._collected, self._samples = batch_idx, False, samples_in(batch)
         state = self.module.state
         if self.masks is None and (self.lasting or not state.cut):
             state.example_inputs = first_sample(inputs_of(batch, self.module.network))
             self._analyse()
+        if not state.cut and self.criterion.needs & MEASURED:
+            self._recent.append(batch)
         if not state.cut and state.updates >= self._updates:
             self._make_final(trainer)
 
@@ -126,6 +142,9 @@ class PruningCallback(pl.Callback, ABC):
                 self._analyse()
             if state.updates < self._updates:
                 if not self._scores:
+                    if not self._recent:
+                        few = islice(trainer.train_dataloader or (), self.recipe.data_batches)
+                        self._recent.extend(few)
                     self._collect_scores()
                 self._update(self._updates)
             self._make_final(trainer)
@@ -138,20 +157,44 @@ class PruningCallback(pl.Callback, ABC):
     def _updates(self) -> int:
         return 1 if self.recipe.schedule == "one-shot" else self.recipe.steps
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether scores are collected from the gradients of each batch."""
+        return bool(self.criterion.needs & {"gradient", "fisher"})
+
+    def _collect_scores(self) -> None:
+        """Add the scores of the present weights and gradients to those since the last update."""
+        for name, score in self._scores_now().items():
+            self._scores[name] = self._scores[name] + score if name in self._scores else score
+
+    def _scores_now(self) -> dict[str, Tensor]:
+        """The scores of the present weights and gradients.
+
+        Activations are those of the epoch's last `data_batches` batches. The Fisher information is
+        estimated by the squared gradient of a batch's mean loss times its samples.
+        """
+        network, needs = self.module.network, self.criterion.needs
+        squares = None
+        if "fisher" in needs:
+            named = network.named_parameters(remove_duplicate=False)
+            squares = {n: self._samples * p.grad.square() for n, p in named if p.grad is not None}
+        if needs & MEASURED and self._measured is None:
+            self._measured = measure(network, self._recent, len(self._recent))
+        return self._score(self._measured, squares)
+
     def _step(self, now: float) -> None:
         """Collect scores and take the steps of the schedule that are due at `now`, 0 to 1."""
         begin, end = self._window
         if now < begin:
             return
-        needs_gradient = "gradient" in self.criterion.needs
-        if needs_gradient and not self._collected:
+        if self.needs_gradient and not self._collected:
             self._collect_scores()
         window = max(end - begin, 1e-9)
         due = min(self._updates, math.floor((now - begin) / window * self._updates + 1e-9))
         if end == begin or now >= end:
             due = self._updates
         if due > self.module.state.updates:
-            if not needs_gradient:
+            if not self.needs_gradient:
                 self._collect_scores()
             self._update(due)
 

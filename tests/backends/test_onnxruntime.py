@@ -290,6 +290,31 @@ def test_weights_beyond_the_limit_lie_beside_the_graph(
     assert sqnr(simulate(deployed, x)[0], run(x)[0]) >= 35
 
 
+class Padded(Branches):
+    """Two convolutions that read a padded tensor; one pads once more by itself."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__(2, (0, (4, 3, 3, 3), {"stride": 2}), (1, (4, 4, 3, 3), PAD))
+        self.fill = fill
+        self.last = Round()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.layers[0](F.pad(self.r[0](x), (0, 1, 2, 1), value=self.fill)))
+        return self.last(self.layers[1](F.pad(self.r[1](x), (1, 0, 0, 2))))
+
+
+@pytest.mark.parametrize(("fill", "convolutions", "pads"), [(0.0, 2, 0), (1.0, 1, 1)])
+def test_padding_with_zeros_belongs_to_its_convolution(
+    fill: float, convolutions: int, pads: int, tmp_path: Path
+) -> None:
+    deployed = deployable(Padded(fill), normal(1, 3, 16, 16))
+    run = OnnxRuntime().load(compiled(deployed, tmp_path))
+    operators = OnnxRuntime().operators(tmp_path)
+    assert (operators["QLinearConv"], operators.get("Pad", 0)) == (convolutions, pads)
+    x = normal(1, 3, 16, 16)
+    assert sqnr(simulate(deployed, x)[0], run(x)[0]) >= 50
+
+
 @pytest.mark.parametrize("fill", [1.0, float("-inf")])
 def test_padding_with_what_no_integer_stands_for_stays_exact(fill: float, tmp_path: Path) -> None:
     net, x = nn.Sequential(Round(), nn.ConstantPad1d(1, fill)), normal(1, 8, 4)

@@ -2,13 +2,20 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
+from slimkit.builtin.criteria.activation import Activations
+from slimkit.builtin.criteria.bn_scale import BatchNormScale
+from slimkit.builtin.criteria.fpgm import FPGM
+from slimkit.builtin.criteria.hessian import Hessian
+from slimkit.builtin.criteria.lamp import LAMP
 from slimkit.builtin.criteria.magnitude import L1, L2
 from slimkit.builtin.criteria.random import Random
 from slimkit.builtin.criteria.taylor import Taylor
-from slimkit.interfaces import Layer
+from slimkit.builtin.criteria.wanda import Wanda
+from slimkit.interfaces import Activation, Layer
 from slimkit.registry import discover
 
 WEIGHT = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
@@ -28,13 +35,72 @@ def test_scores_of_two_by_two_weights(criterion, scores):
     assert criterion.score(Layer("w", WEIGHT, GRADIENT)).tolist() == scores
 
 
+def by_hand(criterion, **given):
+    return criterion.score(Layer("w", WEIGHT, **given)).tolist()
+
+
+def test_fpgm_is_the_sum_of_distances_to_the_other_filters():
+    weight = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+    apart = 3 * 2**0.5  # of (3, 4) and (0, 1)
+    scores = FPGM().score(Layer("w", weight))
+    assert scores.flatten().tolist() == pytest.approx([6.0, 5 + apart, 1 + apart])
+    assert scores.shape == (3, 1)
+
+
+def test_fpgm_tells_near_filters_apart_from_equal_ones():
+    weight = 1000 + torch.tensor([[0.0], [0.0], [1e-3]])
+    scores = FPGM().score(Layer("w", weight)).flatten()
+    assert scores[0] == scores[1] < scores[2]
+
+
+def test_lamp_divides_by_what_is_at_least_as_large():
+    # squares 1, 4, 0.25, 9; together 14.25
+    expected = [[1 / 14, 4 / 13], [0.25 / 14.25, 1.0]]
+    assert np.allclose(by_hand(LAMP()), expected, rtol=1e-12)
+
+
+def test_lamp_of_a_layer_of_zeros_is_zero():
+    assert LAMP().score(Layer("w", torch.zeros(2, 2))).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_hessian_is_half_the_fisher_information_times_the_squared_weight():
+    fisher = torch.tensor([[2.0, 1.0], [4.0, 0.0]])
+    assert by_hand(Hessian(), fisher=fisher) == [[1.0, 2.0], [0.5, 0.0]]
+
+
+def test_bn_scale_is_the_absolute_gamma():
+    assert by_hand(BatchNormScale(), norm_scale=torch.tensor([-0.5, 2.0])) == [[0.5], [2.0]]
+
+
+def test_wanda_multiplies_columns_by_the_norm_of_their_input():
+    norm = torch.tensor([[10.0, 1.0]])
+    assert by_hand(Wanda(), input_norm=norm) == [[10.0, 2.0], [5.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "scores"),
+    [(Activations(), [[0.5], [2.0]]), (Activations(statistic="apoz"), [[0.75], [0.0]])],
+)
+def test_activation_takes_the_mean_or_the_fraction_above_zero(criterion, scores):
+    seen = Activation(mean=torch.tensor([0.5, 2.0]), zeros=torch.tensor([0.25, 1.0]))
+    assert by_hand(criterion, activation=seen) == scores
+
+
 @pytest.mark.parametrize("name", [p.name for p in discover().plugins if p.kind == "criterion"])
 class TestEveryCriterion:
     @pytest.fixture
     def layer(self):
         generator = torch.Generator().manual_seed(0)
         weight, gradient = torch.randn(2, 5, 3, 2, 2, generator=generator)
-        return Layer("block.conv.weight", weight, gradient, torch.ones(5))
+        return Layer(
+            "block.conv.weight",
+            weight,
+            gradient,
+            norm_scale=torch.randn(5, generator=generator),
+            fisher=gradient.square(),
+            input_norm=torch.rand(1, 3, 1, 1, generator=generator),
+            activation=Activation(*torch.rand(2, 5, generator=generator)),
+        )
 
     def test_gives_scores_that_broadcast_to_the_weight(self, name, layer):
         score = discover().create("criterion", name).score(layer)

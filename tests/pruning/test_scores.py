@@ -1,26 +1,25 @@
 """A channel's importance is the sum over its weights in all coupled layers."""
 
-from typing import ClassVar
-
 import pytest
 import torch
 from models import Net, concatenation, conv, make, pooled, residual
 from torch import nn
 
+from slimkit.builtin.criteria.bn_scale import BatchNormScale
+from slimkit.builtin.criteria.fpgm import FPGM
+from slimkit.builtin.criteria.hessian import Hessian
 from slimkit.builtin.criteria.magnitude import L1
 from slimkit.builtin.criteria.taylor import Taylor
 from slimkit.errors import PruningError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.engines import find_groups
-from slimkit.pruning.scores import group_scores, scores_over_batches
+from slimkit.pruning.scores import SAMPLES, fisher_of, group_scores, scores_over_batches
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
 
 class Seen(Criterion):
     """Keeps the layers that it is shown."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"norm_scale"})
 
     def __init__(self):
         self.layers = {}
@@ -112,11 +111,49 @@ def test_layer_that_reads_only_some_channels_of_a_group_adds_to_those():
     assert (scores > 0).tolist() == [False, True, True, False, False]
 
 
-def test_score_per_output_channel_is_spread_over_the_weights():
+def test_score_of_output_channels_counts_once_and_not_where_they_are_read():
     model, coupling = two_layers()
     scores = group_scores(model, coupling, Constant(torch.tensor([[1.0], [3.0]])))["0"]
-    sums = torch.tensor([1.0 * 3 + 4, 3.0 * 3 + 4])  # as maker: its own; as reader: both rows
-    assert scores.tolist() == pytest.approx((sums / sums.mean()).tolist())
+    assert scores.tolist() == pytest.approx([0.5, 1.5])
+
+
+def test_scores_in_one_unit_are_left_as_they_are():
+    class Comparable(Constant):
+        comparable = True
+
+    scores = group_scores(*two_layers(), Comparable(torch.tensor([[1.0], [3.0]])))["0"]
+    assert scores.tolist() == [1.0, 3.0]
+
+
+def test_group_of_which_the_criterion_says_nothing_is_named():
+    with pytest.raises(PruningError, match=r"BatchNormScale says nothing .* '0', .*norm_scale"):
+        group_scores(*two_layers(), BatchNormScale())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolution_is_shown_as_out_by_in(groups):
+    """The layer that a plain convolution of the same channels would be."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2, groups=groups), nn.Conv2d(6, 2, 1)
+    )
+    coupling = find_groups(net, (torch.zeros(1, 3, 8, 8),))
+    criterion = Seen()
+    group_scores(net, coupling, criterion)
+    shown, weight = criterion.layers["1.weight"].weight, net[1].weight.detach()
+    assert shown.shape == (6, 4 // groups, 2, 2)
+    for o in range(6):
+        for i in range(4 // groups):
+            group = o // (6 // groups)
+            assert torch.equal(shown[o, i], weight[group * (4 // groups) + i, o % (6 // groups)])
+
+
+def test_filters_of_a_transposed_convolution_are_its_outputs():
+    net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 2, 1))
+    coupling = find_groups(net, (torch.zeros(1, 3, 8, 8),))
+    scores = group_scores(net, coupling, FPGM())["0"]
+    filters = net[0].weight.detach().transpose(0, 1).flatten(1)
+    distances = torch.stack([(filters - f).norm(dim=1).sum() for f in filters])
+    assert scores.tolist() == pytest.approx((distances / distances.mean()).tolist())
 
 
 def test_criterion_sees_the_scale_of_the_norm_right_behind_each_layer():
@@ -206,3 +243,27 @@ def test_batches_do_not_move_the_statistics_of_a_training_model():
     coupling = find_groups(model, inputs)
     scores_over_batches(model.train(), coupling, Taylor(), [inputs[0]] * 2, loss, 2)
     assert torch.equal(before, model[1].running_mean)
+
+
+def test_fisher_information_is_the_mean_of_each_samples_squared_gradient():
+    model, _ = two_layers()
+    batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    found = fisher_of(model, [batch, batch[:2]], loss, 2)
+    squares = []
+    for x in [*batch, *batch[:2]]:
+        grads = torch.autograd.grad(loss(model, x[None]), list(model.parameters()))
+        squares.append([g.square() for g in grads])
+    for name, rows in zip(dict(model.named_parameters()), zip(*squares, strict=True), strict=True):
+        torch.testing.assert_close(found[name], torch.stack(rows).mean(0))
+
+
+def test_fisher_information_takes_no_more_samples_than_it_says():
+    model, coupling = two_layers()
+    seen = []
+
+    def counting(net, batch):
+        seen.append(len(batch))
+        return loss(net, batch)
+
+    scores_over_batches(model, coupling, Hessian(), [torch.ones(SAMPLES + 3, 3)], counting, 1)
+    assert seen == [1] * SAMPLES

@@ -223,7 +223,9 @@ def test_a_window_to_the_very_end_is_cut_too() -> None:
     assert widths(slim) != (8, 12)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "taylor"])
+@pytest.mark.parametrize(
+    "criterion", ["l1", "taylor", "hessian", "activation", "wanda", "bn-scale"]
+)
 def test_the_target_is_reached_by_a_count_of_its_own(criterion: str) -> None:
     slim = SlimModule(Lit(), {"prune": {**PRUNE, "criterion": criterion}, **QUIET})
     fit(slim, max_epochs=2)
@@ -444,7 +446,7 @@ def test_distillation_of_an_unhooked_forward_learns_from_the_simulation() -> Non
 @pytest.mark.parametrize(
     ("epoch", "where"), [(0, "in pruning"), (1, "before the cut"), (2, "settling"), (3, "in QAT")]
 )
-@pytest.mark.parametrize("criterion", ["l1", "taylor"])
+@pytest.mark.parametrize("criterion", ["l1", "taylor", "hessian", "activation"])
 def test_a_resumed_run_ends_bit_equal(
     tmp_path: Path, epoch: int, where: str, criterion: str, optimizer: str
 ) -> None:

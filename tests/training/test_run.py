@@ -180,8 +180,9 @@ def test_no_epochs_prune_at_once_and_quantize_after(project: Project) -> None:
     assert [row["label"] for row in rows] == ["dense", "pruned", "int8, deployed"]
 
 
-def test_a_criterion_with_gradients_prunes_at_once(project: Project) -> None:
-    prune = {"criterion": "taylor", "target": {"flops": 0.5}}
+@pytest.mark.parametrize("criterion", ["taylor", "hessian", "wanda"])
+def test_a_criterion_with_data_prunes_at_once(project: Project, criterion: str) -> None:
+    prune = {"criterion": criterion, "target": {"flops": 0.5}}
     project.write(prune=prune, quantize=None, trainer={"max_epochs": 0, "accelerator": "cpu"})
     done = project.here()
     assert done.returncode == 0, done.stderr

@@ -24,6 +24,7 @@ def keep_integers_(model: ir.Model) -> None:
     clip_on_integers_(graph)
     pool_globally_(graph)
     move_integers_(graph)
+    pad_inside_convolutions_(graph)
     keep_floats_(graph)
     common.RemoveUnusedNodesPass()(model)
 
@@ -96,6 +97,33 @@ def move_integers_(graph: ir.Graph) -> None:
             out.type = ir.TensorType(_dtype(dq))
             _replace_uses(out, new.outputs[0], but=new)
             after = new
+
+
+def pad_inside_convolutions_(graph: ir.Graph) -> None:
+    """Turn ``Pad with zeros -> DQ -> Conv`` into ``DQ -> Conv`` that pads by itself.
+
+    ONNX Runtime does so in float, and with integers computes each Pad apart.
+    """
+    for conv in list(graph):
+        dq = _dequantize(conv.inputs[0]) if conv.op_type == "Conv" and not conv.domain else None
+        value = dq.inputs[0] if dq is not None else None
+        pad = value.producer() if value is not None else None
+        if dq is None or pad is None or pad.op_type != "Pad" or len(dq.outputs[0].uses()) != 1:
+            continue
+        if len(pad.inputs) != 3:  # without axes; `move_integers_` has written the fill down
+            continue
+        amounts, fill = _array(pad.inputs[1]), _array(pad.inputs[2])
+        if pad.attributes.get_string("mode", "constant") != "constant":
+            continue
+        if conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET" or amounts is None:
+            continue
+        begin, end = np.split(amounts, 2)  # of each dimension, samples and channels first
+        if (amounts < 0).any() or begin[:2].any() or end[:2].any() or fill != _zero(dq):
+            continue
+        pads = np.concatenate([begin[2:], end[2:]])
+        pads = pads + np.array(conv.attributes.get_ints("pads", [0] * len(pads)))
+        conv.attributes["pads"] = ir.AttrInt64s("pads", pads.tolist())
+        dq.replace_input_with(0, pad.inputs[0])
 
 
 def keep_floats_(graph: ir.Graph) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """No prints, warnings or log lines inside the block; errors still arrive as exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
