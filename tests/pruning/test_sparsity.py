@@ -143,15 +143,27 @@ def test_what_cannot_be_done_is_said(options, message):
         pruned(**options)
 
 
-def test_a_criterion_of_channels_is_refused():
-    class Norms(Criterion):
-        needs = frozenset({"norm_scale"})
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        ("bn-scale", "needs norm_scale.*not single weights"),
+        ("fpgm", "FPGM scores channels, not single weights"),
+    ],
+)
+def test_a_criterion_of_channels_is_refused(criterion, message):
+    with pytest.raises(PruningError, match=message):
+        pruned(criterion=criterion, granularity="2:4")
 
-        def score(self, layer):
-            return layer.norm_scale
 
-    with pytest.raises(PruningError, match="Norms needs norm_scale.*not single weights"):
-        pruned(criterion=Norms(), granularity="2:4")
+def test_inputs_of_data_can_score_two_of_four():
+    data = [normal(8, 3, 8, 8)]
+    small = pruned(criterion="wanda", granularity="2:4", data=data, batchnorm_batches=0)
+    reference = network().eval()
+    inputs = reference[:3](data[0])  # what the pointwise convolution reads
+    score = reference[3].weight.abs() * inputs.square().sum((0, 2, 3)).sqrt()[None, :, None, None]
+    fours = score.reshape(16, 2, 4)
+    expected = fours >= fours.sort(2).values[:, :, 2:3]
+    assert torch.equal(small[3].weight.reshape(16, 2, 4) != 0, expected)
 
 
 def test_a_score_that_is_no_number_is_an_error():

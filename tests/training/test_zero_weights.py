@@ -91,7 +91,7 @@ def test_an_average_has_the_same_zeros(end: float) -> None:
     assert share(callback._average_model.module.network) == 0.5
 
 
-@pytest.mark.parametrize("criterion", ["l1", "taylor"])
+@pytest.mark.parametrize("criterion", ["l1", "taylor", "wanda"])
 @pytest.mark.parametrize("epoch", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_ends_bit_equal(
