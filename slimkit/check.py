@@ -14,7 +14,7 @@ from pydantic import PydanticUserError, TypeAdapter
 
 from slimkit import source
 from slimkit.errors import PluginError, Problem, RecipeError, SlimkitError, did_you_mean
-from slimkit.recipe import Recipe, Trainer
+from slimkit.recipe import Prune, Recipe, Trainer
 from slimkit.registry import discover
 from slimkit.strict_yaml import load
 from slimkit.validation import fit
@@ -56,11 +56,24 @@ def problems(recipe_path: str | Path) -> list[Problem]:
 def _combinations(recipe: Recipe) -> Iterator[Problem]:
     if not recipe.prune and not recipe.quantize:
         yield Problem("", "nothing to do: give 'prune', 'quantize' or both")
-    if not recipe.prune:
+    if recipe.prune:
+        yield from _window(recipe, recipe.prune)
+    if not recipe.prune or recipe.prune.granularity != "channel":
+        without = "without 'prune'" if not recipe.prune else "by zero weights, which count, too"
         for name in ("macs_ratio", "params_ratio"):
             gate = getattr(recipe.gates, name)
             if gate is not None and gate < 1:
-                yield Problem(f"gates.{name}", f"{gate} cannot be reached without 'prune'")
+                yield Problem(f"gates.{name}", f"{gate} cannot be reached {without}")
+
+
+def _window(recipe: Recipe, prune: Prune) -> Iterator[Problem]:
+    """What can be known of a window in steps without the data's length."""
+    most = (recipe.trainer.model_extra or {}).get("max_steps")
+    end = prune.during[1]
+    if isinstance(end, int) and isinstance(most, int) and 0 < most < end:
+        yield Problem("prune.during", f"ends at step {end}, but trainer.max_steps is {most}")
+    if prune.regularizer and not recipe.trainer.max_epochs:
+        yield Problem("prune.regularizer", "needs training, but trainer.max_epochs is 0")
 
 
 def _plugins(document: Mapping[str, Any]) -> Iterator[Problem]:

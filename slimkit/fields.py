@@ -57,6 +57,24 @@ def _one_or_two(value: Any) -> Any:
     return tuple(numbers) if several is value else numbers[0]
 
 
+def _moment(value: Any) -> Any:
+    wrong = ValueError(
+        "should be a fraction of the training from 0 to 1, or a whole number of optimizer steps "
+        f"above 1; not {value!r}"
+    )
+    try:
+        number = float(_no_bool(value))
+    except TypeError:
+        raise wrong from None
+    except ValueError as error:
+        raise (error if isinstance(value, bool) else wrong) from None
+    if 0 <= number <= 1:
+        return number
+    if number < 0 or number != number // 1:  # infinity and NaN, too
+        raise wrong
+    return int(number)
+
+
 def is_import_path(value: str) -> bool:
     """Whether this reads ``package.module:name``."""
     return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value) is not None
@@ -87,6 +105,7 @@ Positive = Annotated[int, Field(ge=1), _NUMBER]
 Bits = Annotated[int, Field(ge=2, le=16), _NUMBER]
 Factor = Annotated[float, Field(ge=0), _NUMBER]
 Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
+Moment = Annotated[float | int, BeforeValidator(_moment)]
 NotAll = Annotated[float, Field(ge=0, lt=1), _NUMBER]
 NotNone = Annotated[float, Field(gt=0, le=1), _NUMBER]
 Share = Annotated[float, Field(gt=0, lt=1), _NUMBER]

@@ -82,12 +82,6 @@ class Criterion(ABC):
     that has no such thing (no batch-norm behind it, say) is not shown to the criterion.
     """
 
-    comparable: ClassVar[bool] = False
-    """Whether scores of different groups are in one unit, such as a change of the loss.
-
-    Else each group's are divided by their mean before groups are ranked against each other.
-    """
-
     @abstractmethod
     def score(self, layer: Layer) -> Tensor:
         """Importance of each weight, in any unit, at least 0; small is removed first.

@@ -27,6 +27,7 @@ from slimkit.fields import (
     Fraction,
     ImportPath,
     KeptFloat,
+    Moment,
     NotAll,
     NotNone,
     OneOrTwo,
@@ -154,14 +155,39 @@ class Target(_Node):
         return next(iter(self._given().values()))
 
 
+class Regularizer(_Node):
+    """A penalty that makes channels small before they are removed."""
+
+    name: Literal["bn-scale", "group-lasso", "growing"] = Field(
+        description="The sum of batch-norm's gammas; the sum of the channels' L2 norms over all "
+        "coupled layers; or an L2 penalty that grows on the channels that score least, best with "
+        "'schedule: one-shot', which removes them when it has grown.",
+    )
+    strength: OverZero | None = Field(
+        default=None,
+        description="Factor of the penalty, for growing at the end of `during`; null: 1e-4 for "
+        "bn-scale, as for a long training, 1e-2 for group-lasso, 1 for growing.",
+    )
+
+
+ARegularizer = Annotated[Regularizer, bare("name", str | Regularizer)]
+
+
 class Prune(_Node):
     """Remove channels during a part of the training."""
 
     criterion: APlugin = Field(
         default=PluginRef(name="l1"), description="What makes a channel important."
     )
-    granularity: Literal["channel"] = Field(
-        default="channel", description="What is removed as a whole."
+    granularity: Literal["channel", "element", "block", "2:4"] = Field(
+        default="channel",
+        description="What is removed as a whole. Of convolutions and linear layers, element zeroes "
+        "single weights, block blocks of them, and 2:4 two of each four along the input dimension; "
+        "zeros make files compress better, but nothing faster.",
+    )
+    block_size: tuple[Positive, Positive] | None = Field(
+        default=None,
+        description="Outputs and inputs of a block; null: [1, 4] where granularity is block.",
     )
     ratios: Ratios = Field(
         default={},
@@ -172,7 +198,8 @@ class Prune(_Node):
     target: Target | None = Field(
         default=None,
         validate_default=True,
-        description="How far to prune; may be left out where `ratios` says what is removed.",
+        description="How far to prune; may be left out where `ratios` says what is removed. For "
+        "element and block `ratio`, the fraction of the weights that is zero; none for 2:4.",
     )
     ranking: Literal["global", "local", "isomorphic"] = Field(
         default="global",
@@ -184,14 +211,23 @@ class Prune(_Node):
         description="Largest fraction of its channels that a group may lose, or two for the first "
         "and the last group; null: 0.95, or the target's ratio where that is more.",
     )
-    during: tuple[Fraction, Fraction] = Field(
-        default=(0.0, 0.4), description="Begin and end, as fractions of the training."
+    during: tuple[Moment, Moment] = Field(
+        default=(0.0, 0.4),
+        description="Begin and end: fractions of the training from 0 to 1, or whole numbers of "
+        "optimizer steps above 1.",
     )
     steps: Positive = Field(
         default=10, description="How often more is masked between begin and end."
     )
-    schedule: Literal["cubic", "linear", "one-shot"] = Field(
-        default="cubic", description="How the pruned fraction grows between begin and end."
+    schedule: Literal["cubic", "linear", "iterative", "one-shot"] = Field(
+        default="cubic",
+        description="How the pruned fraction grows between begin and end: most of it early, "
+        "evenly, the same fraction of what is left at each step, or all at the end.",
+    )
+    regularizer: ARegularizer | None = Field(
+        default=None,
+        description="Penalty on the channels that may go, from the begin of the training (growing: "
+        "of `during`) until they are removed.",
     )
     engine: Literal["slimkit", "export", "torch-pruning"] = Field(
         default="slimkit", description="What finds the channels that belong together."
@@ -225,6 +261,15 @@ class Prune(_Node):
     @field_validator("target")
     @classmethod
     def _or_ratios(cls, target: Target | None, info: ValidationInfo) -> Target | None:
+        granularity = info.data.get("granularity", "channel")
+        if granularity == "2:4":
+            if target is not None:
+                raise ValueError("2:4 zeroes half of the weights, always: leave the target out")
+            return target
+        if granularity != "channel" and (target is None or target.kind != "ratio"):
+            raise ValueError(
+                f"granularity {granularity} needs ratio, the fraction of the weights that is zero"
+            )
         if target is None and info.data.get("ratios") == {}:
             raise ValueError("is required, unless 'ratios' says what is removed")
         if info.data.get("ratios") == "sensitivity" and (
@@ -234,12 +279,48 @@ class Prune(_Node):
             raise ValueError(f"should be flops or params with 'ratios: sensitivity', not {given}")
         return target
 
+    @field_validator("block_size")
+    @classmethod
+    def _of_blocks(
+        cls, block_size: tuple[int, int] | None, info: ValidationInfo
+    ) -> tuple[int, int] | None:
+        granularity = info.data.get("granularity", "block")
+        if block_size is not None and granularity != "block":
+            raise ValueError(f"needs granularity block, not {granularity}")
+        return block_size
+
+    @field_validator(
+        "ratios",
+        "ranking",
+        "engine",
+        "attention",
+        "round_to",
+        "min_channels",
+        "regularizer",
+    )
+    @classmethod
+    def _of_channels(cls, value: Any, info: ValidationInfo) -> Any:
+        granularity = info.data.get("granularity", "channel")
+        name = info.field_name or ""
+        fits = ("global", "local") if name == "ranking" else (cls.model_fields[name].default,)
+        if granularity != "channel" and value not in fits:
+            raise ValueError(f"is about channels: leave it out with granularity {granularity}")
+        return value
+
     @field_validator("during")
     @classmethod
-    def _in_order(cls, during: tuple[float, float]) -> tuple[float, float]:
-        if during[0] > during[1]:
+    def _in_order(cls, during: tuple[float | int, float | int]) -> tuple[float | int, float | int]:
+        if type(during[0]) is type(during[1]) and during[0] > during[1]:
             raise ValueError(f"should begin before it ends, not {list(during)}")
         return during
+
+    @field_validator("regularizer")
+    @classmethod
+    def _has_time(cls, regularizer: Regularizer | None, info: ValidationInfo) -> Regularizer | None:
+        begin, end = info.data.get("during", (0.0, 1.0))
+        if regularizer is not None and regularizer.name == "growing" and begin == end:
+            raise ValueError(f"growing needs time, but 'during' begins and ends at {end}")
+        return regularizer
 
 
 class Distill(_Node):
@@ -452,7 +533,7 @@ class Recipe(_Node):
     def _quantize_after_the_cut(self) -> Self:
         if self.prune and self.quantize and self.quantize.train_from is not None:
             begin, end = self.quantize.train_from, self.prune.during[1]
-            if begin < end:
+            if isinstance(end, float) and begin < end:  # steps are compared when training starts
                 raise Misfit(
                     "quantize.train_from",
                     f"should not be before the end of prune.during ({end}), not {begin}",

@@ -174,6 +174,25 @@ def test_a_gate_on_cost_needs_pruning(here):
     assert list(problems) == ["gates.macs_ratio"]
 
 
+def test_a_window_in_steps_ends_within_the_training(here):
+    prune = {"target": {"flops": 0.5}, "during": [0, 500]}
+    problems = found(here, prune=prune, trainer={"max_steps": 400})
+    assert problems == {"prune.during": "ends at step 500, but trainer.max_steps is 400"}
+    assert found(here, prune=prune, trainer={"max_steps": 500}) == {}
+
+
+def test_a_regularizer_needs_training(here):
+    prune = {"target": {"flops": 0.5}, "regularizer": "growing"}
+    problems = found(here, prune=prune, trainer={"max_epochs": 0})
+    assert list(problems) == ["prune.regularizer"]
+
+
+def test_zero_weights_reach_no_gate_of_costs(here):
+    problems = found(here, prune={"granularity": "2:4"}, gates={"macs_ratio": 0.5})
+    assert list(problems) == ["gates.macs_ratio"]
+    assert "by zero weights" in problems["gates.macs_ratio"]
+
+
 def test_what_the_schema_refuses_hides_no_other_problem(here):
     problems = found(
         here,

@@ -158,3 +158,32 @@ def test_bad_input_exits_with_2_and_says_what(prune, tmp_path, args, said):
     assert done.returncode == 2
     assert said in " ".join(done.stderr.split())
     assert done.stdout == ""
+
+
+def test_weights_can_be_zeroed_two_of_four(prune, tmp_path):
+    done = prune(*NET, "--granularity", "2:4", "-o", "small")
+    assert done.returncode == 0, done.stderr
+    assert "50.0% of 36,864 weights are zero" in done.stdout
+    weight = slimkit.load(tmp_path / "small").stage1[0].conv1.weight
+    assert ((weight.unflatten(1, (-1, 4)) == 0).sum(2) == 2).all()
+
+
+def test_blocks_have_a_size_and_a_target_of_their_own(prune):
+    args = ("--granularity", "block", "--block-size", "2", "2", "-t", "ratio=0.75", "--plan")
+    plan = json.loads(prune(*NET, *args, "--json").stdout)
+    weights, kept = (sum(w[k] for w in plan["weights"].values()) for k in ("weights", "kept"))
+    assert kept / weights == pytest.approx(0.25, abs=0.001)
+    done = prune(*NET, "--block-size", "2", "2")
+    assert done.returncode == 2
+    assert "needs --granularity block" in done.stderr
+
+
+def test_gammas_are_shown_before_the_plan(prune, tmp_path):
+    dense = resnet()
+    dense.bn.weight.data[:16] = 0
+    torch.save(dense.state_dict(), tmp_path / "dense.pt")
+    done = prune(*NET, "--plan", "--gammas", "--weights", "dense.pt")
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("bn "))
+    assert row.split()[1:6] == ["64", "0", "1", "1", "25%"]
+    assert done.stdout.index("bn ") < done.stdout.index("MACs")

@@ -106,7 +106,7 @@ def test_without_ratios_a_target_is_required(ratios):
 
 def test_prune_takes_the_options_of_the_recipe_under_the_same_names():
     taken = set(inspect.signature(prune).parameters)
-    only_trained = {"during", "steps", "schedule", "granularity"}
+    only_trained = {"during", "steps", "schedule", "regularizer"}
     assert set(Prune.model_fields) - only_trained <= taken
 
 
@@ -167,10 +167,13 @@ REFUSED = {
     "prune.ratios.layer1": [1, -0.1, True, "half"],
     "prune.ranking": ["globl", None],
     "prune.max_ratio": [1, -0.1, True, "half", [0.5], [0.1, 1], [0.1, 0.2, 0.3], {}],
-    "prune.during": [[0.5, 0.4], 0.4],
+    "prune.during": [[0.5, 0.4], 0.4, [500, 400]],
+    "prune.regularizer": [3, []],
+    "prune.regularizer.name": ["l1", None],
     "prune.steps": [0, 2.5, True],
     "prune.schedule": ["cosine"],
-    "prune.granularity": ["2:4"],
+    "prune.granularity": ["4:8", None],
+    "prune.block_size": [4, [1, 4], "1x4"],
     "prune.round_to": [0],
     "prune.min_channels": [0],
     "prune.batchnorm_batches": [-1],
@@ -209,9 +212,96 @@ def test_a_value_out_of_bounds_is_one_problem_at_its_path(path, value):
     assert list(problems(with_(path, value))) == [path]
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ([0, 1], (0.0, 1.0)),
+        ([0.1, "0.5"], (0.1, 0.5)),
+        ([200, 5000], (200, 5000)),
+        ([0, "300"], (0.0, 300)),
+        ([1000, 1], (1000, 1.0)),
+    ],
+)
+def test_a_window_is_of_fractions_or_of_steps(given, meant):
+    recipe = Recipe.parse(with_("prune.during", given))
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    during = recipe.prune.during
+    assert during == meant
+    assert [*map(type, during)] == [*map(type, meant)]
+
+
+@pytest.mark.parametrize("value", [1.5, -1, "x", math.inf, math.nan, None, []])
+def test_a_moment_is_a_fraction_or_a_whole_number(value):
+    message = problems(with_("prune.during", [0, value]))["prune.during[1]"]
+    assert message == (
+        "should be a fraction of the training from 0 to 1, or a whole number of optimizer steps "
+        f"above 1; not {value!r}"
+    )
+
+
+def test_a_regularizer_is_a_name_or_a_mapping():
+    bare = Recipe.parse(with_("prune.regularizer", "bn-scale")).prune.regularizer
+    assert (bare.name, bare.strength) == ("bn-scale", None)
+    full = with_("prune.regularizer", {"name": "growing", "strength": 0.5})
+    assert Recipe.parse(full).prune.regularizer.strength == 0.5
+
+
+@pytest.mark.parametrize("strength", [0, -1, True, "much"])
+def test_a_strength_is_over_zero(strength):
+    document = with_("prune.regularizer", {"name": "growing", "strength": strength})
+    assert list(problems(document)) == ["prune.regularizer.strength"]
+
+
+def test_growing_needs_time():
+    document = with_("prune.regularizer", "growing")
+    document["prune"]["during"] = [0.3, 0.3]
+    assert "growing needs time" in problems(document)["prune.regularizer"]
+
+
+FINE = {
+    "2:4 with a target": ({"granularity": "2:4", "target": {"ratio": 0.5}}, "target", "half of"),
+    "element, flops": ({"granularity": "element", "target": {"flops": 0.5}}, "target", "ratio"),
+    "block, nothing": ({"granularity": "block"}, "target", "needs ratio"),
+    "channel, nothing": ({"granularity": "channel"}, "target", "is required"),
+    "block size": ({"granularity": "2:4", "block_size": [1, 4]}, "block_size", "block, not 2:4"),
+    **{
+        name: ({"granularity": "2:4", name: value}, name, "about channels: leave it out")
+        for name, value in {
+            "ratios": {"a": 0.5},
+            "ranking": "isomorphic",
+            "engine": "export",
+            "attention": "heads",
+            "round_to": 8,
+            "min_channels": 2,
+            "regularizer": "bn-scale",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("prune", "path", "message"), FINE.values(), ids=FINE)
+def test_what_does_not_go_with_a_granularity_is_refused(prune, path, message):
+    found = problems({**BASE, "prune": prune})
+    assert list(found) == [f"prune.{path}"]
+    assert message in found[f"prune.{path}"]
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"granularity": "2:4"},
+        {"granularity": "element", "target": {"ratio": 0.9}, "max_ratio": 0.95},
+        {"granularity": "block", "target": {"ratio": 0.5}, "block_size": [2, 2]},
+    ],
+)
+def test_a_recipe_of_a_granularity_survives_the_round_trip(prune):
+    recipe = Recipe.parse({**BASE, "prune": prune})
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
 def test_an_item_of_a_list_has_its_index_in_the_path():
     assert list(problems(with_("prune.during", [0.1]))) == ["prune.during[1]"]
-    assert list(problems(with_("prune.during", [False, 2]))) == [
+    assert list(problems(with_("prune.during", [False, 2.5]))) == [
         "prune.during[0]",
         "prune.during[1]",
     ]
@@ -229,6 +319,7 @@ UNKNOWN = {
     "prune.target.importanc": "importance",
     "prune.ratio": "ratios",
     "prune.max_ratios": "max_ratio",
+    "prune.regularizer.strenght": "strength",
     "optimizer.learn_rate": "lr, momentum",
     "gates.acuracy_drop": "accuracy_drop",
     "quantize.weight": "weights",

@@ -29,7 +29,22 @@ if TYPE_CHECKING:
     metavar="MEASURE=VALUE",
     help="How far: flops or params (the fraction that is left), size_mb (MiB left), ratio (of "
     "channels removed), or importance (share of its scores that each group keeps).  [default: "
-    "flops=0.5, or none with --ratio]",
+    "flops=0.5, or none with --ratio; ratio=0.5 with element and block]",
+)
+@click.option(
+    "--granularity",
+    type=click.Choice(["channel", "element", "block", "2:4"]),
+    default="channel",
+    show_default=True,
+    help="What is removed as a whole: channels; or, set to zero, which makes nothing faster, "
+    "single weights, blocks of them, or two of each four along the inputs.",
+)
+@click.option(
+    "--block-size",
+    type=click.IntRange(min=1),
+    nargs=2,
+    metavar="OUT IN",
+    help="Outputs and inputs of a block.  [default: 1 4]",
 )
 @click.option(
     "--ratio",
@@ -104,12 +119,17 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the small model.  [default: runs/<function's name>]",
 )
+@click.option(
+    "--gammas", "show_gammas", is_flag=True, help="First show how large batch-norm's gammas are."
+)
 @click.option("--plan", is_flag=True, help="Only show what would be cut; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def prune(
     model: str,
     inputs: tuple[str, ...],
     target: str | None,
+    granularity: Literal["channel", "element", "block", "2:4"],
+    block_size: tuple[int, int] | None,
     ratios: tuple[str, ...],
     ranking: Literal["global", "local", "isomorphic"],
     max_ratio: str | None,
@@ -123,6 +143,7 @@ def prune(
     data: str | None,
     weights: Path | None,
     output: Path | None,
+    show_gammas: bool,
     plan: bool,
     as_json: bool,
 ) -> None:
@@ -144,8 +165,11 @@ def prune(
             raise click.BadParameter(
                 f"should look like 'package.module:function', not {path!r}", param_hint=hint
             )
+    if block_size is not None and granularity != "block":
+        raise click.BadParameter("needs --granularity block", param_hint="--block-size")
     if target is None and not ratios:
-        target = "flops=0.5"
+        fitting = {"channel": "flops=0.5", "2:4": None}
+        target = fitting.get(granularity, "ratio=0.5")
     aim = dict([_pair(target, "--target", "flops=0.5")]) if target else None
     fixed = dict(_pair(text, "--ratio", "layer1=0.3") for text in ratios)
     limit = _limit(max_ratio)
@@ -155,11 +179,14 @@ def prune(
     import warnings
 
     import torch
+    from rich.console import Console
     from torch import nn
 
     import slimkit
     from slimkit.deploy.folder import check_target
     from slimkit.importing import build
+    from slimkit.pruning.gammas import gammas
+    from slimkit.report.gammas import gamma_table
     from slimkit.weights import load_weights
 
     folder = output or Path("runs") / model.rpartition(":")[2]
@@ -169,6 +196,7 @@ def prune(
     dense = build({"target": model}, "model", nn.Module).eval()
     if weights is not None:
         load_weights(dense, weights)
+    layers = gammas(dense) if show_gammas else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = slimkit.prune(
@@ -183,6 +211,8 @@ def prune(
             protect=protect,
             protect_first=protect_first,
             attention=attention,
+            granularity=granularity,
+            block_size=block_size or (1, 4),
             backend=backends,
             round_to=round_to,
             min_channels=min_channels,
@@ -192,8 +222,13 @@ def prune(
         slimkit.save(small, folder, built_by=model)
     if as_json:
         where = {} if plan else {"directory": str(folder)}
-        click.echo(json.dumps({**report.as_dict(), **where}, indent=1))
+        shown = {"gammas": [vars(layer) for layer in layers]} if show_gammas else {}
+        click.echo(json.dumps({**shown, **report.as_dict(), **where}, indent=1))
         return
+    if layers:
+        Console().print(gamma_table(layers))
+    elif show_gammas:
+        click.echo("the model has no batch-norm with gammas")
     click.echo(report)
     saved = f"saved to {folder}: slimkit.load({str(folder)!r}) gives it back"
     click.echo("nothing was written (--plan)" if plan else saved)

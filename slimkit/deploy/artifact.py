@@ -260,7 +260,12 @@ def _report_in(saved: Mapping[str, Any]) -> PruningReport:
     }
     before_after = {k: (saved[k][0], saved[k][1]) for k in ("macs", "parameters", "size_mb")}
     return PruningReport(
-        groups, saved["frozen"], **before_after, kept=kept, attributes=saved.get("attributes", {})
+        groups,
+        saved["frozen"],
+        **before_after,
+        kept=kept,
+        attributes=saved.get("attributes", {}),
+        weights={n: (a, b) for n, (a, b) in saved.get("weights", {}).items()},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from slimkit.interfaces import Backend, Criterion
 from slimkit.pruning.cost import counted, macs, parameters, size_mb
 from slimkit.pruning.coupling import Attention, Coupling
 from slimkit.pruning.engines import Engine, find_groups
+from slimkit.pruning.granularity import Fine
 from slimkit.pruning.patterns import check_pattern, covers
 from slimkit.pruning.rankings import Ranking
 from slimkit.pruning.removal import (
@@ -32,6 +33,7 @@ from slimkit.pruning.removal import (
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.scores import DATA, Loss, group_scores, scores_over_batches
 from slimkit.pruning.selection import Selector
+from slimkit.pruning.sparsity import ratio_of, zero_
 from slimkit.pruning.statistics import MEASURED
 from slimkit.pruning.targets import COSTS, Target
 from slimkit.pruning.verification import verified
@@ -225,6 +227,8 @@ def prune(
     batchnorm_batches: int = 20,
     engine: Engine = "slimkit",
     attention: Attention = "dimensions",
+    granularity: Literal["channel"] | Fine = "channel",
+    block_size: tuple[int, int] = (1, 4),
 ) -> nn.Module:
     """A pruned copy of `model`; the given model is not changed.
 
@@ -267,6 +271,15 @@ def prune(
             ``export`` (those in the graph of torch.export) or ``torch-pruning``.
         attention: what goes in attention: ``dimensions``, each of them in all heads, or whole
             ``heads``.
+        granularity: what is removed as a whole: ``channel``; or, set to zero in convolutions and
+            linear layers, ``element``, single weights, ``block``, blocks of `block_size`, or
+            ``2:4``, the two least of each four consecutive weights along the input dimension.
+            Zero weights make files compress better; no backend here is faster for them. The
+            target is then ``ratio``, the fraction of the weights that is zero, of all weights
+            together or, with ``local``, of each layer; 2:4 has none. Depthwise convolutions stay
+            as they are, and the first convolution where `protect_first`. Options about channels do
+            not go with it.
+        block_size: outputs and inputs of a block.
 
     Returns:
         The smaller module, of the same class; ``print(module.slimkit_pruning)`` says what went.
@@ -283,7 +296,19 @@ def prune(
         >>> small[0].out_features, net[0].out_features
         (16, 32)
     """
-    if target is None and not ratios:
+    if granularity != "channel":
+        about = {
+            "ratios": not ratios,
+            "ranking": ranking in ("global", "local"),
+            "round_to": round_to is None,
+            "min_channels": min_channels == 1,
+            "engine": engine == "slimkit",
+            "attention": attention == "dimensions",
+        }
+        ratio = ratio_of(
+            granularity, target, [name for name, default in about.items() if not default]
+        )
+    elif target is None and not ratios:
         raise PruningError(
             'give a target, such as {"flops": 0.5}, or ratios, such as {"layer1": 0.3}'
         )
@@ -292,11 +317,12 @@ def prune(
     multiple = channel_multiple([backend] if isinstance(backend, str) else backend)
     chosen = discover().create("criterion", criterion) if isinstance(criterion, str) else criterion
     if chosen.needs & DATA and data is None:
-        what = "batches of inputs" if chosen.needs <= MEASURED else "batches of inputs and labels"
+        activations = chosen.needs & DATA <= MEASURED
+        what = "activations" if activations else "gradients"
+        how = "batches of inputs" if activations else "batches of inputs and labels"
         raise PruningError(
-            f"criterion {criterion!r} needs {', '.join(sorted(chosen.needs & DATA))}: pass data= "
-            f"(--data on the command line) with {what}, or choose a criterion without data such "
-            "as 'l1'"
+            f"criterion {criterion!r} needs {what}: pass data= (--data on the command line) with "
+            f"{how}, or choose a criterion without data such as 'l1'"
         )
     if isinstance(data, Iterator):  # it can be read once, but is needed twice
         data = list(islice(data, max(data_batches, batchnorm_batches)))
@@ -312,6 +338,26 @@ def prune(
             f"{type(model).__name__} cannot be copied: {error}. slimkit works on copies; take what "
             "cannot be copied (a lock, an open file) out of the module's attributes"
         ) from error
+    if granularity != "channel":
+        with eagerly(small), untouched(model):
+            zero_(
+                small,
+                inputs,
+                chosen,
+                granularity,
+                ratio=ratio,
+                ranking=ranking,
+                max_ratio=max_ratio,
+                block_size=block_size,
+                protect=protect,
+                protect_first=protect_first,
+                batches=data if data is not None else (),
+                loss=loss or cross_entropy,
+                count=data_batches,
+            )
+            if data is not None:
+                reestimate_(small, data, batchnorm_batches)
+        return small
     with eagerly(small), untouched(model):
         coupling = analyse(small, inputs, protect, engine, attention)
         selector = Selector(

@@ -20,6 +20,7 @@ class PruningReport:
         size_mb: MiB of all parameters and buffers before and after, measured.
         kept: the positions that remain in each tensor of the model as its function builds it.
         attributes: whole numbers in the user's modules that follow the sizes (``num_heads``).
+        weights: parameter name to (its weights, those that live) where single weights are zero.
     """
 
     groups: dict[str, tuple[int, int, list[str]]]
@@ -29,6 +30,7 @@ class PruningReport:
     size_mb: tuple[float, float]
     kept: Kept = field(repr=False)
     attributes: Attributes = field(default_factory=dict)
+    weights: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the kept positions."""
@@ -42,6 +44,7 @@ class PruningReport:
             "size_mb": {"before": self.size_mb[0], "after": self.size_mb[1]},
             "groups": groups,
             "attributes": self.attributes,
+            "weights": {n: {"weights": a, "kept": b} for n, (a, b) in self.weights.items()},
             "left_whole": self.frozen,
         }
 
@@ -59,6 +62,10 @@ class PruningReport:
             coupled = f"  with {', '.join(layers[1:4])}" if len(layers) > 1 else ""
             more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
             lines.append(f"{name:<32} {before:>5} -> {after:>5} channels{coupled}{more}")
+        if self.weights:
+            lines.append("zero weights are computed and stored like others: no faster, no smaller")
+        for name, (before, after) in self.weights.items():
+            lines.append(f"{name:<32} {1 - after / before:>6.1%} of {before:,} weights are zero")
         for path, numbers in self.attributes.items():
             said = ", ".join(f"{name} = {number}" for name, number in numbers.items())
             lines.append(f"{path or 'the model':<32} set to {said}")

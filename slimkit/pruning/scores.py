@@ -24,6 +24,18 @@ from slimkit.pruning.statistics import MEASURED, Measured, measure
 Loss = Callable[[nn.Module, Any], Tensor]
 """Takes the model and one batch, gives the scalar to differentiate."""
 
+Score = Callable[
+    [
+        nn.Module,
+        Any,
+        Criterion,
+        Mapping[str, Measured] | None,
+        Mapping[str, Tensor] | None,
+    ],
+    dict[str, Tensor],
+]
+"""`group_scores`, or its like for what is no group of channels."""
+
 
 SAMPLES = 32
 """Of each batch, whose gradients are taken one by one for `slimkit.interfaces.Layer.fisher`."""
@@ -41,9 +53,10 @@ def group_scores(
 ) -> dict[str, Tensor]:
     """Importance of each channel: group name to float64 of shape (channels,).
 
-    The criterion's scores are summed over each channel's weights and over all coupled layers, and,
-    unless they are in one unit for all groups, divided by the group's mean, so that groups can be
-    ranked against each other. Gradients, where the criterion needs them, are taken from the
+    The criterion's scores are summed over each channel's weights and over all coupled layers, and
+    divided by the group's mean, so that groups can be ranked against each other. That helps scores
+    of one unit too: ResNet-56 cut at once to half of its MACs by plain changes of the loss had
+    41 % accuracy instead of 70 %. Gradients, where the criterion needs them, are taken from the
     parameters' ``.grad``.
 
     Args:
@@ -69,22 +82,10 @@ def group_scores(
         if weight is None or weight.dim() < 2:
             continue
         norm = next((member.norm for _, member in holders if member.norm), "")
-        turned = _Turned.of(model, name)
-        data = measured.get(name) if measured is not None else None
-        shown = turned.layer(weight.detach())
-        squares = None if fisher is None else fisher.get(name)
-        layer = Layer(
-            name=name,
-            weight=shown,
-            gradient=turned.layer(_gradient(name, weight, criterion)),
-            norm_scale=_detached(tensors.get(f"{norm}.weight")),
-            fisher=turned.layer(squares),
-            input_norm=None if data is None else data.input_norm(shown),
-            activation=None if data is None else data.activation,
-        )
-        if any(getattr(layer, field) is None for field in criterion.needs):
+        gamma = tensors.get(f"{norm}.weight")
+        score = score_of(model, name, weight, criterion, measured, fisher, gamma)
+        if score is None:
             continue
-        score = turned.back(criterion.score(layer), shown)
         for group_name, member in holders:
             if score.shape[member.dim] == 1 < weight.shape[member.dim]:
                 continue  # it does not tell these channels apart
@@ -101,6 +102,50 @@ def group_scores(
             "protect that layer, or choose another criterion"
         )
     return {name: _normalized(name, total, criterion) for name, total in totals.items()}
+
+
+def score_of(
+    model: nn.Module,
+    name: str,
+    weight: Tensor,
+    criterion: Criterion,
+    measured: Mapping[str, Measured] | None = None,
+    fisher: Mapping[str, Tensor] | None = None,
+    gamma: Tensor | None = None,
+) -> Tensor | None:
+    """What a criterion says of one weight; broadcasts to it as it lies in memory.
+
+    Args:
+        model: holds it.
+        name: of the weight.
+        weight: itself.
+        criterion: scores it.
+        measured: as for `group_scores`, as is the next.
+        fisher: by weight.
+        gamma: of the batch-norm that follows.
+
+    Returns:
+        None where the layer has not what the criterion needs.
+
+    Raises:
+        PruningError: a gradient is missing.
+    """
+    turned = _Turned.of(model, name)
+    data = measured.get(name) if measured is not None else None
+    shown = turned.layer(weight.detach())
+    squares = None if fisher is None else fisher.get(name)
+    layer = Layer(
+        name=name,
+        weight=shown,
+        gradient=turned.layer(_gradient(name, weight, criterion)),
+        norm_scale=_detached(gamma),
+        fisher=turned.layer(squares),
+        input_norm=None if data is None else data.input_norm(shown),
+        activation=None if data is None else data.activation,
+    )
+    if any(getattr(layer, field) is None for field in criterion.needs):
+        return None
+    return turned.back(criterion.score(layer), shown)
 
 
 @dataclass(frozen=True)
@@ -143,7 +188,7 @@ def _normalized(group: str, total: Tensor, criterion: Criterion) -> Tensor:
             f"group {group!r}; do its weights or gradients hold NaN or infinity?"
         )
     mean = total.mean()
-    return total / mean if mean > 0 and not criterion.comparable else total
+    return total / mean if mean > 0 else total
 
 
 def _gradient(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
@@ -164,13 +209,14 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 def scores_over_batches(
     model: nn.Module,
-    coupling: Coupling,
+    coupling: Any,
     criterion: Criterion,
     batches: Iterable[Any],
     loss: Loss,
     count: int,
+    score: Score = group_scores,
 ) -> dict[str, Tensor]:
-    """`group_scores` with what the criterion needs of data; the model is not changed.
+    """`score`, of `coupling`, with what the criterion needs of data; the model is not changed.
 
     Scores that need gradients are averaged over those of `count` batches. For the Fisher
     information, gradients are taken sample by sample, of at most `SAMPLES` of each batch.
@@ -184,7 +230,7 @@ def scores_over_batches(
     if "fisher" in criterion.needs:
         squares = fisher_of(model, given, loss, count)
     if "gradient" not in criterion.needs:
-        return group_scores(model, coupling, criterion, found, squares)
+        return score(model, coupling, criterion, found, squares)
     totals: dict[str, Tensor] = {}
     used = 0
     with _untouched(model):
@@ -192,9 +238,9 @@ def scores_over_batches(
             used += 1
             model.zero_grad(set_to_none=True)
             loss(model, batch).backward()
-            scores = group_scores(model, coupling, criterion, found, squares)
-            for name, score in scores.items():
-                totals[name] = totals.get(name, 0.0) + score
+            scores = score(model, coupling, criterion, found, squares)
+            for name, values in scores.items():
+                totals[name] = totals.get(name, 0.0) + values
     if not totals:
         raise PruningError("the criterion needs gradients, but the data gave no batch")
     return {name: total / used for name, total in totals.items()}

@@ -22,7 +22,7 @@ from slimkit.pruning.rankings import RANKINGS, Removals, removals
 from slimkit.pruning.removal import best, tensors_by_name
 from slimkit.pruning.sensitivity import Curve
 from slimkit.pruning.size_costs import SizeCosts
-from slimkit.pruning.targets import Target
+from slimkit.pruning.targets import COSTS, Target
 
 FIRST = "the first layer is protected: all else is made of it (protect_first: false lets it go)"
 ENOUGH = 2  # other groups, so that there is something to prune
@@ -156,19 +156,14 @@ class Selector:
         sizes = {g.name: self._size_before_ranking(g, progress) for g in self.coupling.groups}
         if target is not None:
             aim = target if progress == 1 else target.milder(progress, self._dense(target))
-            ranked = [g for g in self.coupling.groups if g.name not in self.limits.given]
-            free = [g for g in ranked if g.name not in self.spared]
+            free = self._free(aim, orders, sizes)
             if target.measure == "importance":
                 sizes |= self._sizes_by_importance(free, scores, aim, carried)
             elif target.measure == "ratio":
                 sizes |= self._sizes_by_ratio(free, scores, aim)
             elif self.curves is not None:
-                if self.spared and not self._suffices(free, orders, aim, sizes):
-                    free = ranked
                 sizes |= self._sizes_by_curves(free, self.curves, orders, aim, sizes)
             else:
-                if self.spared and not self._suffices(free, orders, aim, sizes):
-                    free = ranked
                 sizes |= self._sizes_by_cost(free, scores, orders, aim, sizes)
         kept = self._kept(orders, sizes)
         shares = {
@@ -177,6 +172,30 @@ class Selector:
         }
         removed = self.counting.removed(kept)
         return Choice(kept, *self.cost.predict(removed), self.cost.predict_size_mb(removed), shares)
+
+    def prunable(self, target: Target | None) -> list[Group]:
+        """The groups that may lose channels on the way to `target`, whatever their scores."""
+        orders = {g.name: _Order.of(torch.ones(g.channels)) for g in self.coupling.groups}
+        sizes = {g.name: self._size_before_ranking(g, 1.0) for g in self.coupling.groups}
+        if target is not None:
+            free = self._free(target, orders, sizes)
+            sizes |= {g.name: self.limits.fewest(g, target) for g in free}
+        return [g for g in self.coupling.groups if sizes[g.name] < g.channels]
+
+    def left(self, target: Target | None) -> float:
+        """The fraction that `target` leaves of what it measures; without one, that of `ratios`."""
+        if target is None:
+            return 1 - max(self.limits.given.values(), default=0.0)
+        return target.left(self._dense(target))
+
+    def _free(
+        self, aim: Target, orders: Mapping[str, _Order], sizes: Mapping[str, int]
+    ) -> list[Group]:
+        """The groups that a ranking decides about."""
+        ranked = [g for g in self.coupling.groups if g.name not in self.limits.given]
+        free = [g for g in ranked if g.name not in self.spared]
+        by_cost = aim.measure in COSTS and bool(self.spared)
+        return ranked if by_cost and not self._suffices(free, orders, aim, sizes) else free
 
     def _dense(self, target: Target) -> float:
         """The dense model's figure in the unit of the target's value."""

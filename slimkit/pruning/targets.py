@@ -51,6 +51,10 @@ class Target:
     def __str__(self) -> str:
         return f"{{{self.measure}: {self.value:g}}}"
 
+    def left(self, dense: float = 1.0) -> float:
+        """The fraction that is left of the dense model's figure, which is `dense`."""
+        return 1 - self.value if self.measure == "ratio" else min(1.0, self.value / dense)
+
     def milder(self, progress: float, dense: float = 1.0) -> Target:
         """The target after `progress` (0 to 1) of the way from the dense model.
 

@@ -21,11 +21,13 @@ from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization
 from slimkit.quantization.sites import Sites
 from slimkit.recipe import Recipe
+from slimkit.training.averages import averages_of
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
-from slimkit.training.pruning import PruningCallback
+from slimkit.training.pruning import ChannelPruning
 from slimkit.training.quantization import QuantizationCallback, scheme_of
+from slimkit.training.sparsity import WeightPruning
 
 if TYPE_CHECKING:
     from slimkit.training.deployment import Release
@@ -40,9 +42,9 @@ class Progress:
     Args:
         example_inputs: one sample of the network's inputs.
         updates: steps of the pruning schedule taken.
-        living: group -> channels that still live, before the cut.
+        living: group -> channels that still live, before the cut; or weight -> which of it live.
         carried: group -> the share of the dense group's importance that the living carry.
-        cut: whether the dead channels have been removed.
+        cut: whether the dead channels have been removed, or the zero weights are final.
         macs_left: fraction of the dense model's multiply-accumulates.
         observed: training batches that the activation quantizers have seen.
         distilled: whether the network has learnt from the teacher.
@@ -137,7 +139,8 @@ class SlimModule(pl.LightningModule):
         callbacks = list(theirs) if isinstance(theirs, Sequence) else [theirs]
         recipe = self.recipe
         if recipe.prune is not None:
-            callbacks.append(PruningCallback(self, recipe.prune))
+            channels = recipe.prune.granularity == "channel"
+            callbacks.append((ChannelPruning if channels else WeightPruning)(self, recipe.prune))
         if recipe.quantize is not None and recipe.quantize.train_from is not None:
             first = recipe.export[0].name
             callbacks.append(QuantizationCallback(self, recipe.quantize, first))
@@ -183,7 +186,9 @@ class SlimModule(pl.LightningModule):
         self.state = Progress(**saved["progress"])
         if saved["report"] is not None:
             report = PruningReport(**saved["report"])
-            remove_(self.network, report.kept, report.attributes)
+            averages = averages_of(self, self.trainer) if self._trainer is not None else []
+            for network in (self.network, *averages):
+                remove_(network, report.kept, report.attributes)
             self.network.slimkit_pruning = report  # type: ignore[assignment]
         quantize = self.recipe.quantize
         if saved["fake"] is not None and quantize is not None:

@@ -24,17 +24,28 @@ from slimkit.batchnorm import reestimate_
 from slimkit.deploy.folder import check_target
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
+from slimkit.interfaces import Criterion
 from slimkit.progress import is_quiet
 from slimkit.pruning.prune import cut_to_target_
-from slimkit.recipe import Import, Recipe
+from slimkit.pruning.report import PruningReport
+from slimkit.pruning.sparsity import zero_
+from slimkit.recipe import Import, Prune, Recipe
+from slimkit.registry import discover
 from slimkit.report.curves import write_curves
 from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
-from slimkit.training.pruning import coupling_of, scores_of, selector_of, target_of
+from slimkit.training.pruning import (
+    coupling_of,
+    scores_of,
+    selector_of,
+    target_of,
+    training_loss,
+)
 from slimkit.training.pruning_scan import curves_of
+from slimkit.training.sparsity import weights_ratio
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
@@ -230,23 +241,55 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     """One-shot pruning without training, for ``max_epochs: 0``."""
     section = module.recipe.prune
     assert section is not None
+    if section.regularizer is not None:
+        say(f"no {section.regularizer.name}: a regularizer needs training, and max_epochs is 0")
     network = module.network
     batch = next(iter(loaders.calibration()), None)
     if batch is None:
         raise SlimkitError("the training data is empty: it gave no batch")
     inputs = first_sample(inputs_of(batch, network))
     module.state.example_inputs = inputs
+    if section.granularity == "channel":
+        report = _cut_at_once(module, section, inputs, loaders)
+    else:
+        ref = section.criterion
+        criterion: Criterion = discover().create("criterion", ref.name, ref.options)
+        with training_loss(module.inner, ref.name) as loss:
+            report = zero_(
+                network,
+                inputs,
+                criterion,
+                section.granularity,
+                ratio=weights_ratio(section),
+                ranking=section.ranking,
+                max_ratio=section.max_ratio,
+                block_size=section.block_size or (1, 4),
+                protect=section.protect,
+                protect_first=section.protect_first,
+                batches=loaders.calibration(),
+                loss=loss,
+                count=section.data_batches,
+            )
+    module.state.cut = True
+    used = reestimate_(network, loaders.calibration(), section.batchnorm_batches)
+    weights = sum(count for count, _ in report.weights.values())
+    living = sum(count for _, count in report.weights.values())
+    zeros = f", {1 - living / weights:.1%} of the weights are zero" if weights else ""
+    say(
+        f"pruned at once to {report.macs[1] / report.macs[0]:.1%} of the MACs{zeros}; "
+        f"batch-norm re-estimated on {used} batches"
+    )
+
+
+def _cut_at_once(
+    module: SlimModule, section: Prune, inputs: tuple[Any, ...], loaders: Loaders
+) -> PruningReport:
+    network = module.network
     coupling = coupling_of(network, inputs, section)
     backends = [plugin.name for plugin in module.recipe.export]
     selector = selector_of(network, coupling, inputs, section, backends, module.curves)
     scores = scores_of(module.inner, network, coupling, section, loaders.calibration())
-    report = cut_to_target_(network, selector, scores, target_of(section), inputs)
-    module.state.cut = True
-    used = reestimate_(network, loaders.calibration(), section.batchnorm_batches)
-    say(
-        f"pruned at once to {report.macs[1] / report.macs[0]:.1%} of the MACs; "
-        f"batch-norm re-estimated on {used} batches"
-    )
+    return cut_to_target_(network, selector, scores, target_of(section), inputs)
 
 
 class KeepLast(Checkpoint):

@@ -30,6 +30,34 @@ def total_batches(trainer: pl.Trainer) -> int:
     return max(1, int(epochs * batches))
 
 
+def moment(trainer: pl.Trainer, when: float | int) -> float:
+    """A moment of a recipe as a fraction of the run.
+
+    Args:
+        trainer: knows its batches, so training has begun.
+        when: a fraction from 0 to 1, or a whole number of optimizer steps above 1. The first batch
+            behind that many steps is meant, also where gradients are accumulated over batches.
+
+    Raises:
+        SlimkitError: the run has no known length, or ends before.
+    """
+    total = total_batches(trainer)
+    if when <= 1:
+        return float(when)
+    accumulated, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if math.isinf(batches):
+        done: float = when * accumulated
+    else:  # the last step of an epoch comes with its last batch
+        epochs, steps = divmod(when, math.ceil(batches / accumulated))
+        done = epochs * batches + steps * accumulated
+    if done > total:
+        raise SlimkitError(
+            f"ends at step {when}, but the training has only {math.ceil(total / accumulated)}: "
+            "train longer, or write fewer steps, or a fraction such as 0.4"
+        )
+    return done / total
+
+
 def progress(trainer: pl.Trainer, batch_idx: int) -> float:
     """Fraction of the run that lies behind when batch `batch_idx` of this epoch starts."""
     done = trainer.current_epoch * trainer.num_training_batches + batch_idx

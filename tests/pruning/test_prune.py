@@ -501,8 +501,8 @@ def test_importance_is_that_of_the_criterion():
 
     model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 1, bias=False))
     with_one_output = prune(model, torch.ones(1, 4), First(), target={"importance": 0.6})
-    # scores 4 / 2^k + 1 / 2: 2.5, 1.5, 1, 0.75 ... of 7.984; three carry 0.63
-    assert with_one_output.slimkit_pruning.kept["0.weight"][0] == [0, 1, 2]
+    # one half, one quarter ... of 0.996: two carry 0.75
+    assert with_one_output.slimkit_pruning.kept["0.weight"][0] == [0, 1]
 
 
 def test_ratios_and_target_share_the_model():

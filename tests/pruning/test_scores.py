@@ -117,14 +117,6 @@ def test_score_of_output_channels_counts_once_and_not_where_they_are_read():
     assert scores.tolist() == pytest.approx([0.5, 1.5])
 
 
-def test_scores_in_one_unit_are_left_as_they_are():
-    class Comparable(Constant):
-        comparable = True
-
-    scores = group_scores(*two_layers(), Comparable(torch.tensor([[1.0], [3.0]])))["0"]
-    assert scores.tolist() == [1.0, 3.0]
-
-
 def test_group_of_which_the_criterion_says_nothing_is_named():
     with pytest.raises(PruningError, match=r"BatchNormScale says nothing .* '0', .*norm_scale"):
         group_scores(*two_layers(), BatchNormScale())

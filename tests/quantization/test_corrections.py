@@ -326,6 +326,16 @@ def test_rounding_brings_outputs_closer_on_other_data() -> None:
     assert (small(other) - net(other)).square().mean() < 0.7 * before
 
 
+def test_what_pruning_has_zeroed_stays_zero() -> None:
+    net = slimkit.prune(residual_net(), IMAGES[:1], granularity="2:4", protect=["up"]).eval()
+    small = simulated(net, [IMAGES], INPUTS.narrowed(4)).eval()
+    rounding_(small.model, net, small.fake, (IMAGES,))
+    for name in net.slimkit_pruning.weights:
+        before, after = net.get_parameter(name), small.model.get_parameter(name)
+        assert not torch.equal(before, after)
+        assert not after[before == 0].any()
+
+
 # batchnorm
 
 

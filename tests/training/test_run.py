@@ -188,6 +188,18 @@ def test_a_criterion_with_data_prunes_at_once(project: Project, criterion: str) 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("criterion", ["l1", "taylor"])
+def test_no_epochs_zero_weights_at_once(project: Project, criterion: str) -> None:
+    prune = {"granularity": "2:4", "criterion": criterion}
+    project.write(prune=prune, quantize=None, trainer={"max_epochs": 0, "accelerator": "cpu"})
+    done = project.here()
+    assert done.returncode == 0, done.stderr
+    assert "50.0% of the weights are zero" in done.stderr
+    weights = project.manifest()["pruning"]["weights"]
+    assert weights
+    assert all(kept == count / 2 for count, kept in weights.values())
+
+
 def test_no_epochs_prune_by_ratios_alone(project: Project) -> None:
     prune = {"ratios": {"0": 0.25}, "ranking": "isomorphic", "max_ratio": [0.2, 0.6]}
     project.write(prune=prune, quantize=None, trainer={"max_epochs": 0, "accelerator": "cpu"})

@@ -18,7 +18,6 @@ class Hessian(Criterion):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"fisher"})
-    comparable: ClassVar[bool] = True
 
     def score(self, layer: Layer) -> Tensor:
         """Fisher information * weight squared / 2, same shape as the weight."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,6 @@ class LAMP(Criterion):
     2021, Layer-adaptive sparsity for the magnitude-based pruning,
     https://arxiv.org/abs/2010.07611.
     """
-
-    comparable: ClassVar[bool] = True
 
     def score(self, layer: Layer) -> Tensor:
         """In [0, 1], same shape as the weight."""

@@ -147,6 +147,7 @@ def settle(
     other = torch.where(nearest > exact, nearest - 1, nearest + 1)
     # the largest weights stay, so that they span the same range
     free = (other >= low) & (other <= high) & (exact > low + 0.5) & (exact < high - 0.5)
+    free &= exact != 0  # what pruning has zeroed stays zero
     turn = torch.where(free, (other - nearest) * step, torch.zeros_like(step))
     turned = torch.zeros_like(exact, dtype=torch.bool)
     slope = (nearest * step) @ second - cross

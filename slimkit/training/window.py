@@ -1,0 +1,265 @@
+"""When a recipe's window prunes: the timeline that channels and single weights share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from slimkit.batches import first_sample, inputs_of
+from slimkit.batchnorm import reestimate_
+from slimkit.errors import SlimkitError
+from slimkit.interfaces import Criterion
+from slimkit.pruning.masks import Masks
+from slimkit.pruning.scores import samples_in
+from slimkit.pruning.sparsity import WeightMasks
+from slimkit.pruning.statistics import MEASURED, Measured, measure
+from slimkit.recipe import Prune
+from slimkit.registry import discover
+from slimkit.training.averages import averages_of
+from slimkit.training.timeline import moment, progress
+
+if TYPE_CHECKING:
+    from slimkit.training.module import SlimModule
+
+
+class PruningCallback(pl.Callback, ABC):
+    """Masks more and more of a `SlimModule`'s network during the window, then makes it final.
+
+    Args:
+        module: owns the network and remembers what was done.
+        recipe: the prune section.
+    """
+
+    lasting: ClassVar[bool]
+    """Whether what is masked stays in the network, and is masked until the training ends."""
+
+    def __init__(self, module: SlimModule, recipe: Prune) -> None:
+        self.module = module
+        self.recipe = recipe
+        self.criterion: Criterion = discover().create(
+            "criterion", recipe.criterion.name, recipe.criterion.options
+        )
+        self.masks: Masks | WeightMasks | None = None
+        self._window = (0.0, 1.0)
+        self._averages: list[nn.Module] | None = None
+        self._batch_idx = 0
+        self._collected = False  # whether the batch's gradients are in the scores
+        self._samples = 1  # of the batch
+        self._scores: dict[str, Tensor] = {}
+        self._recent: deque[Any] = deque(maxlen=recipe.data_batches)  # what a forward measures
+        self._measured: dict[str, Measured] | None = None
+        self._settling: dict[_BatchNorm, float | None] = {}
+        self._settle_left = 0
+
+    @abstractmethod
+    def _analyse(self) -> None:
+        """Find what may go, and set the masks to what has gone already."""
+
+    @abstractmethod
+    def _score(
+        self, measured: Mapping[str, Measured] | None, fisher: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """What the criterion says of the present weights and gradients."""
+
+    @abstractmethod
+    def _update(self, due: int) -> None:
+        """Take the schedule's step number `due`, forget the scores, and tell what was done."""
+
+    @abstractmethod
+    def _finish(self, trainer: pl.Trainer) -> None:
+        """Make final what the masks say."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had not stopped."""
+        return {"scores": self._scores, "settle_left": self._settle_left}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the scores collected and the batch-norm batches left."""
+        self._scores, self._settle_left = state_dict["scores"], state_dict["settle_left"]
+
+    def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Place the window; go on settling batch-norm where the run was resumed in its middle."""
+        self._window = self._placed(trainer)
+        if self._settle_left and not self._settling:
+            self._start_settling()
+
+    def on_train_epoch_start(self, _trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Forget the batches of the epoch before, which a resumed run has not seen."""
+        self._recent.clear()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, _module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Analyse at the first batch; finish when the window has closed."""
+        self._batch_idx, self._collected, self._samples = batch_idx, False, samples_in(batch)
+        state = self.module.state
+        if self.masks is None and (self.lasting or not state.cut):
+            state.example_inputs = first_sample(inputs_of(batch, self.module.network))
+            self._analyse()
+        if not state.cut and self.criterion.needs & MEASURED:
+            self._recent.append(batch)
+        if not state.cut and state.updates >= self._updates:
+            self._make_final(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        _module: pl.LightningModule,
+        _outputs: Any,
+        _batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Collect scores, take the next step of the schedule, keep dead channels dead."""
+        self._settle()
+        state = self.module.state
+        if self.masks is None:
+            return
+        if not state.cut:
+            self._step(progress(trainer, batch_idx + 1))
+        self._apply(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Finish at the latest when training ends."""
+        self.conclude(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Finish where a run went on from a checkpoint of its very end, and no batch was left."""
+        self.conclude(trainer)
+
+    def conclude(self, trainer: pl.Trainer) -> None:
+        """Finish now if that has not happened."""
+        state = self.module.state
+        if not state.cut and state.example_inputs:
+            if self.masks is None:
+                self._analyse()
+            if state.updates < self._updates:
+                if not self._scores:
+                    if not self._recent:
+                        few = islice(trainer.train_dataloader or (), self.recipe.data_batches)
+                        self._recent.extend(few)
+                    self._collect_scores()
+                self._update(self._updates)
+            self._make_final(trainer)
+            self._finish_settling()
+            batches = trainer.train_dataloader or ()
+            reestimate_(self.module.network, batches, self.recipe.batchnorm_batches)
+        self._finish_settling()
+
+    @property
+    def _updates(self) -> int:
+        return 1 if self.recipe.schedule == "one-shot" else self.recipe.steps
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether scores are collected from the gradients of each batch."""
+        return bool(self.criterion.needs & {"gradient", "fisher"})
+
+    def _collect_scores(self) -> None:
+        """Add the scores of the present weights and gradients to those since the last update."""
+        for name, score in self._scores_now().items():
+            self._scores[name] = self._scores[name] + score if name in self._scores else score
+
+    def _scores_now(self) -> dict[str, Tensor]:
+        """The scores of the present weights and gradients.
+
+        Activations are those of the epoch's last `data_batches` batches. The Fisher information is
+        estimated by the squared gradient of a batch's mean loss times its samples.
+        """
+        network, needs = self.module.network, self.criterion.needs
+        squares = None
+        if "fisher" in needs:
+            named = network.named_parameters(remove_duplicate=False)
+            squares = {n: self._samples * p.grad.square() for n, p in named if p.grad is not None}
+        if needs & MEASURED and self._measured is None:
+            self._measured = measure(network, self._recent, len(self._recent))
+        return self._score(self._measured, squares)
+
+    def _step(self, now: float) -> None:
+        """Collect scores and take the steps of the schedule that are due at `now`, 0 to 1."""
+        begin, end = self._window
+        if now < begin:
+            return
+        if self.needs_gradient and not self._collected:
+            self._collect_scores()
+        window = max(end - begin, 1e-9)
+        due = min(self._updates, math.floor((now - begin) / window * self._updates + 1e-9))
+        if end == begin or now >= end:
+            due = self._updates
+        if due > self.module.state.updates:
+            if not self.needs_gradient:
+                self._collect_scores()
+            self._update(due)
+
+    def _apply(self, trainer: pl.Trainer) -> None:
+        """Zero what is dead, in the network and in its averages."""
+        assert self.masks is not None
+        for network in (self.module.network, *self._averaged(trainer)):
+            self.masks.apply_(network)
+
+    def _make_final(self, trainer: pl.Trainer) -> None:
+        """Finish, and settle batch-norm over the next batches."""
+        self._finish(trainer)
+        self.module.state.cut = True
+        if not self.lasting:
+            self.masks = None
+        if self.recipe.batchnorm_batches:
+            self._settle_left = self.recipe.batchnorm_batches
+            self._start_settling()
+            for norm in self._settling:
+                norm.reset_running_stats()
+
+    def _placed(self, trainer: pl.Trainer) -> tuple[float, float]:
+        """Begin and end of the window as fractions of the training.
+
+        Raises:
+            SlimkitError: it ends after the training, or after rounding has begun.
+        """
+        first, last = self.recipe.during
+        try:
+            begin, end = moment(trainer, first), moment(trainer, last)
+        except SlimkitError as error:
+            raise SlimkitError(f"prune.during: {error}") from error
+        if begin > end:
+            raise SlimkitError(
+                f"prune.during: should begin before it ends, but {first} is "
+                f"{begin:.1%} of this training and {last} is {end:.1%}"
+            )
+        quantize = self.module.recipe.quantize
+        rounding = None if quantize is None else quantize.train_from
+        if rounding is not None and rounding < end - 1e-9:
+            raise SlimkitError(
+                f"quantize.train_from: should not be before the end of prune.during, step {last} "
+                f"or {end:.4g} of this training, but is {rounding}"
+            )
+        return begin, end
+
+    def _averaged(self, trainer: pl.Trainer) -> list[nn.Module]:
+        if self._averages is None:
+            self._averages = averages_of(self.module, trainer)
+        return self._averages
+
+    def _start_settling(self) -> None:
+        """Let batch-norm statistics be the plain average over the next batches."""
+        norms = [m for m in self.module.network.modules() if isinstance(m, _BatchNorm)]
+        self._settling = {m: m.momentum for m in norms if m.track_running_stats}
+        for norm in self._settling:
+            norm.momentum = None
+
+    def _settle(self) -> None:
+        if self._settle_left:
+            self._settle_left -= 1
+            if not self._settle_left:
+                self._finish_settling()
+
+    def _finish_settling(self) -> None:
+        for norm, momentum in self._settling.items():
+            norm.momentum = momentum
+        self._settling, self._settle_left = {}, 0
