@@ -369,3 +369,25 @@ def test_the_profile_leaves_the_first_runs_out() -> None:
 
     events = [e for n in range(8) for e in run(100 * n, 9000 if n < 5 else 10 * n)]
     assert backend._kernel_times(events) == {"Conv": 0.06}
+
+
+def test_what_was_checked_is_not_exported_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    exported: list[Deployable] = []
+    export = backend._export
+
+    def counted(deployed: Deployable) -> Any:
+        exported.append(deployed)
+        return export(deployed)
+
+    monkeypatch.setattr(backend, "_export", counted)
+    runtime, deployed = OnnxRuntime(), deployable(Residual(), normal(1, 3, 32, 32))
+    assert runtime.check(deployed) == []
+    files = []
+    for name in ("once", "again"):
+        (tmp_path / name).mkdir()
+        runtime.compile(deployed, tmp_path / name)
+        files.append((tmp_path / name / "model.onnx").read_bytes())
+    assert exported == [deployed, deployed]  # for the check, and for the second file
+    assert files[0] == files[1]

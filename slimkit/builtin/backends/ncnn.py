@@ -27,6 +27,7 @@ from slimkit.disk import refuse_full
 from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
+from slimkit.trial import Trial
 
 PARAM, BIN, SHAPES = "model.ncnn.param", "model.ncnn.bin", "shapes.json"
 
@@ -50,36 +51,22 @@ class Ncnn(Backend):
         arithmetic="dequantize",
     )
 
+    def __init__(self) -> None:
+        self._trial = Trial[dict[str, bytes]]()
+
     def check(self, deployable: Deployable) -> list[str]:
         """What pnnx or ncnn says against this program (it is compiled on trial)."""
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                self.compile(deployable, Path(folder))
-            except ExportError as error:
-                return [str(error)]
+        try:
+            self._trial.keep(deployable, _compiled(deployable))
+        except ExportError as error:
+            return [str(error)]
         return []
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.ncnn.param``, ``model.ncnn.bin`` and the output shapes."""
-        ncnn = _package("ncnn")
-        batches = {t.shape[0] if t.dim() else 0 for t in deployable.example_inputs}
-        if batches != {1}:
-            raise ExportError(
-                f"ncnn has no batch dimension, but the inputs have batches of {sorted(batches)}: "
-                "export with example inputs of batch size 1"
-            )
-        module, roundings, shapes = with_markers(deployable)
-        param, weights = _run_pnnx(module, deployable.example_inputs)
-        layers, weights = to_int8(read_param(param), weights, roundings, MARKER)
-        unknown = sorted({x.type for x in layers if ncnn.layer_to_index(x.type) < 0})
-        if unknown:
-            raise ExportError(
-                f"ncnn has no layer for {', '.join(unknown)} (pnnx left it as it was): replace "
-                "that operation in the model, or cut it off and compute it outside"
-            )
-        (directory / PARAM).write_text(write_param(layers))
-        (directory / BIN).write_bytes(weights)
-        (directory / SHAPES).write_text(json.dumps({"outputs": shapes}) + "\n")
+        files = self._trial.take(deployable) or _compiled(deployable)
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
 
     def load(self, directory: Path, threads: int = 1) -> Runner:
         """Load with float32 arithmetic for the layers that are float, on `threads` threads."""
@@ -123,6 +110,31 @@ class Ncnn(Backend):
         layers = read_param((directory / PARAM).read_text())
         names = [f"{x.type} int8" if x.int8 else x.type for x in layers if x.type != "Input"]
         return dict(sorted(Counter(names).items()))
+
+
+def _compiled(deployable: Deployable) -> dict[str, bytes]:
+    """Each file's name and content."""
+    ncnn = _package("ncnn")
+    batches = {t.shape[0] if t.dim() else 0 for t in deployable.example_inputs}
+    if batches != {1}:
+        raise ExportError(
+            f"ncnn has no batch dimension, but the inputs have batches of {sorted(batches)}: "
+            "export with example inputs of batch size 1"
+        )
+    module, roundings, shapes = with_markers(deployable)
+    param, weights = _run_pnnx(module, deployable.example_inputs)
+    layers, weights = to_int8(read_param(param), weights, roundings, MARKER)
+    unknown = sorted({x.type for x in layers if ncnn.layer_to_index(x.type) < 0})
+    if unknown:
+        raise ExportError(
+            f"ncnn has no layer for {', '.join(unknown)} (pnnx left it as it was): replace "
+            "that operation in the model, or cut it off and compute it outside"
+        )
+    return {
+        PARAM: write_param(layers).encode(),
+        BIN: weights,
+        SHAPES: (json.dumps({"outputs": shapes}) + "\n").encode(),
+    }
 
 
 def _run_pnnx(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, bytes]:

@@ -19,6 +19,7 @@ from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 from slimkit.onnx_export import to_onnx
+from slimkit.trial import Trial
 
 FILE = "model.onnx"
 _WARM_UP, _PROFILED = 5, 20  # runs
@@ -65,10 +66,13 @@ class OnnxRuntime(Backend):
         arithmetic="requantize",
     )
 
+    def __init__(self) -> None:
+        self._trial = Trial[Any]()
+
     def check(self, deployable: Deployable) -> list[str]:
         """What `torch.onnx` says against this program (it is exported on trial)."""
         try:
-            _export(deployable)
+            self._trial.keep(deployable, _export(deployable))
         except ExportError as error:
             return [str(error)]
         return []
@@ -76,7 +80,7 @@ class OnnxRuntime(Backend):
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.onnx``; from 2 GB on its weights lie beside it in ``model.onnx.data``."""
         ir = required("onnx_ir", "onnxruntime", "onnxscript")
-        model = _export(deployable)
+        model = self._trial.take(deployable) or _export(deployable)
         weights = sum(v.const_value.nbytes for v in model.graph.initializers.values())
         data = f"{FILE}.data" if weights > SINGLE_FILE_LIMIT else None
         ir.save(model, directory / FILE, external_data=data)

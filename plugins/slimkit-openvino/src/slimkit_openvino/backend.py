@@ -18,6 +18,7 @@ from slimkit.disk import refuse_full
 from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
+from slimkit.trial import Trial
 from slimkit_openvino.conversion import convert, reason
 
 XML, BIN = "model.xml", "model.bin"
@@ -66,27 +67,35 @@ class OpenVino(Backend):
 
     def __init__(self, *, precision: Literal["f32", "bf16", "auto"] = "f32") -> None:
         self.precision = precision
+        self._trial = Trial[dict[str, bytes]]()
 
     def check(self, deployable: Deployable) -> list[str]:
         """What torch.onnx or OpenVINO says against this program (it is compiled on trial)."""
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                self._prepare(convert(deployable, _core(), Path(folder)), "this model")
-            except ExportError as error:
-                return [str(error)]
+        try:
+            self._trial.keep(deployable, self._compiled(deployable))
+        except ExportError as error:
+            return [str(error)]
         return []
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.xml``, the graph, and ``model.bin``, its constants."""
-        with tempfile.TemporaryDirectory() as folder:
-            model = convert(deployable, _core(), Path(folder))
+        files = self._trial.take(deployable) or self._compiled(deployable)
+        for name, data in files.items():
+            (directory / name).write_bytes(data)
+
+    def _compiled(self, deployable: Deployable) -> dict[str, bytes]:
+        """Each file's name and content, once OpenVINO has compiled them on trial."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            model = convert(deployable, _core(), folder)
+            self._prepare(model, "this model")
             try:
-                _openvino().save_model(model, directory / XML, compress_to_fp16=False)
+                _openvino().save_model(model, folder / XML, compress_to_fp16=False)
             except RuntimeError as error:
-                refuse_full(directory)
+                refuse_full(folder)
                 raise ExportError(f"OpenVINO cannot write {XML}: {reason(error)}") from error
-        path = directory / XML
-        path.write_bytes(re.sub(rb">\s+<", b"><", path.read_bytes()))  # half of it is indentation
+            graph = re.sub(rb">\s+<", b"><", (folder / XML).read_bytes())  # half is indentation
+            return {XML: graph, BIN: (folder / BIN).read_bytes()}
 
     def load(self, directory: Path, threads: int = 1) -> Runner:
         """Compile for one request at a time on `threads` threads, bound to no core."""
