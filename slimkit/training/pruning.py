@@ -275,7 +275,7 @@ class ChannelPruning(PruningCallback):
             state.example_inputs,
             spared=self.selector.spared,
         )
-        shrink_optimizers_(trainer.optimizers, network, report.kept, shapes)
+        shrink_optimizers_(trainer.optimizers, network, kept_positions(pairs), shapes)
         state.macs_left = macs(network, state.example_inputs) / report.macs[0]
         self.module.say(
             f"cut: {report.macs[1] / report.macs[0]:.1%} of the MACs and "

@@ -345,6 +345,39 @@ def test_optimizer_state_of_kept_channels_is_bit_equal_over_the_cut(optimizer: s
     assert held == {id(p) for p in slim.network.parameters()}
 
 
+def test_momenta_of_a_network_that_was_pruned_before_are_cut_where_it_is() -> None:
+    """Not where the first dense network was: the report counts from there."""
+    once = slimkit.prune(
+        network(2), normal(1, 3, 8, 8), "random", target={"ratio": 0.25}, round_to=1
+    )
+    earlier = once.slimkit_pruning.kept
+    slim = SlimModule(once, {"task": "classification", "prune": PRUNE, **QUIET})
+    before: dict[str, torch.Tensor] = {}
+    after: dict[str, torch.Tensor] = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if not slim.state.cut:
+                for name, p in slim.network.named_parameters():
+                    state = trainer.optimizers[0].state.get(p, {})
+                    before[name] = state.get("momentum_buffer", torch.zeros_like(p)).clone()
+
+        def on_before_zero_grad(self, trainer, *args):
+            if slim.state.cut and not after:
+                for name, p in slim.network.named_parameters():
+                    after[name] = trainer.optimizers[0].state[p]["momentum_buffer"].clone()
+
+    fit(slim, max_epochs=2, callbacks=[Look()])
+    kept = slim.network.slimkit_pruning.kept["3.weight"]
+    expected = before["3.weight"]
+    for dim, positions in kept.items():
+        then = earlier["3.weight"].get(dim)
+        now = positions if then is None else [then.index(position) for position in positions]
+        expected = expected.index_select(dim, torch.tensor(now))
+    assert expected.shape < before["3.weight"].shape
+    assert torch.equal(after["3.weight"], expected)
+
+
 def test_batch_norm_statistics_settle_over_the_batches_after_the_cut() -> None:
     slim = SlimModule(Lit(), {"prune": {**PRUNE, "batchnorm_batches": 3}, **QUIET})
     means = []
