@@ -12,16 +12,24 @@ if TYPE_CHECKING:
 
 
 def averages_of(module: SlimModule, trainer: pl.Trainer) -> list[nn.Module]:
-    """The networks in all copies of `module` that the trainer's callbacks hold as attributes.
+    """The networks in all `copies_of` the module.
 
-    Lightning's WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging keep one. What
-    happens to the network's channels must happen to its average's, or neither fits the other.
+    What happens to the network's channels must happen to its average's, or neither fits the other.
+    """
+    return [copy.network for copy in copies_of(module, trainer)]
+
+
+def copies_of(module: SlimModule, trainer: pl.Trainer) -> list[SlimModule]:
+    """The copies of `module` that the trainer's callbacks hold as attributes.
+
+    Lightning's WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging keep one, and go
+    through its parameters and buffers in step with the module's.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set elsewhere
     held = [value for callback in callbacks for value in vars(callback).values()]
-    copies: dict[int, nn.Module] = {}
+    copies: dict[int, SlimModule] = {}
     for value in held:
         for part in value.modules() if isinstance(value, nn.Module) else ():
             if isinstance(part, type(module)) and part is not module:
-                copies[id(part)] = part.network
+                copies[id(part)] = part
     return [*copies.values()]

@@ -9,12 +9,14 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.batches import first_sample, inputs_of
+from slimkit.copies import copied
 from slimkit.errors import SlimkitError
 from slimkit.interfaces import Scheme
 from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization, learns
 from slimkit.recipe import Quantize
 from slimkit.registry import discover
+from slimkit.training.averages import copies_of
 from slimkit.training.optimizers import add_group_
 from slimkit.training.ranks import average_gradients_, check_alike, several, share_
 from slimkit.training.timeline import progress, total_batches
@@ -98,6 +100,7 @@ class QuantizationCallback(pl.Callback):
             )
             module.fake.state = "observe"
             state.observed = 0
+            self._copy_ranges(trainer, module.fake)
         elif module.fake.state == "observe":
             state.observed += 1
             left = (1 - self.recipe.train_from) * total_batches(trainer)
@@ -130,7 +133,13 @@ class QuantizationCallback(pl.Callback):
             check_alike(ranges)
         fake.state = "quantize"
         self._train_ranges(trainer)
+        self._copy_ranges(trainer, fake)
         self.module.say(f"quantization-aware: training for {self.backend} from here on")
+
+    def _copy_ranges(self, trainer: pl.Trainer, fake: FakeQuantization) -> None:
+        """Give averaged copies of the module what it has of ranges now, to go on with it."""
+        for copy in copies_of(self.module, trainer):
+            copy.fake = copied(fake)
 
     def _train_ranges(self, trainer: pl.Trainer) -> None:
         """Put learned ranges into the first optimizer."""

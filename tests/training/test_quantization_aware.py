@@ -11,7 +11,11 @@ import pytorch_lightning as pl
 import torch
 from lit import Batches, Lit, fit
 from nets import normal
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import (
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.optim import lr_scheduler
@@ -23,6 +27,7 @@ from slimkit.interfaces import Scheme
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.recipe import Recipe
 from slimkit.registry import discover
+from slimkit.training.averages import copies_of
 from slimkit.training.quantization import scheme_of
 
 pytestmark = pytest.mark.filterwarnings(
@@ -419,3 +424,29 @@ def test_a_quantized_model_with_narrower_weights_is_exported_in_one_line(tmp_pat
 def test_scheme_of_narrows_what_the_backend_says() -> None:
     recipe = Recipe.parse({"quantize": {"weight_bits": 3}}).quantize
     assert scheme_of("ncnn", recipe).weights.bits == 3
+
+
+def test_averaged_weights_have_averaged_ranges() -> None:
+    module = slim({"train_from": 0.5, "weights": "lsq", "activations": "lsq"})
+    before: list[torch.Tensor] = []
+    after: list[torch.Tensor] = []
+
+    def note(found: list[torch.Tensor]) -> None:
+        if module.fake is not None and module.fake.state == "quantize":
+            found.append(next(module.fake["input0"].parameters()).detach().clone())
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, *_: object) -> None:
+            note(before)
+
+        def on_train_batch_end(self, *_: object) -> None:
+            note(after)
+
+    fit(module, max_epochs=4, callbacks=[Look(), EMAWeightAveraging(decay=0.5)])
+    (copy,) = copies_of(module, module.trainer)
+    expected = before[0]
+    for step in after:
+        expected = 0.5 * expected + 0.5 * step
+    assert len(after) > 3
+    assert not torch.equal(expected, after[-1])
+    torch.testing.assert_close(next(copy.fake["input0"].parameters()), expected)
