@@ -368,3 +368,13 @@ def test_importing_the_backend_imports_no_runtime() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_slice_of_everything_is_nothing(tmp_path: Path) -> None:
+    class Whole(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x[:, :4]) + x[:, :, :, :]
+
+    x = normal(1, 4, 6, 6)
+    run = Ncnn().load(compiled(deployable(Whole(), x, quantized=False), tmp_path))
+    torch.testing.assert_close(run(x)[0], F.relu(x) + x)

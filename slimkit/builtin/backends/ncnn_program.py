@@ -12,6 +12,7 @@ from slimkit.builtin.backends.ncnn_model import Rounding
 from slimkit.builtin.backends.ncnn_rewrites import (
     properties_as_transpose_,
     strided_slices_as_pooling_,
+    without_aliases_,
 )
 from slimkit.errors import ExportError
 from slimkit.interfaces import Deployable
@@ -46,6 +47,7 @@ def with_markers(deployable: Deployable) -> tuple[nn.Module, list[Rounding], lis
     for node in list(graph.nodes):
         if node.target == "_guards_fn" or "_assert" in str(node.target):
             graph.erase_node(node)
+    without_aliases_(graph)
     strided_slices_as_pooling_(graph)
     properties_as_transpose_(graph)
     roundings: list[Rounding] = []

@@ -11,6 +11,15 @@ _TRANSPOSED = frozenset(
     {torch.ops.aten.mT.default, torch.ops.aten.numpy_T.default, torch.ops.aten.t.default}
 )
 _pool = torch.ops.aten.max_pool2d.default
+_alias = torch.ops.aten.alias.default
+
+
+def without_aliases_(graph: fx.Graph) -> None:
+    """Leave out aliases, such as a slice of everything, which pnnx does not know."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is _alias:
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
 
 
 def strided_slices_as_pooling_(graph: fx.Graph) -> None:
