@@ -391,3 +391,21 @@ def test_what_was_checked_is_not_exported_again(
         files.append((tmp_path / name / "model.onnx").read_bytes())
     assert exported == [deployed, deployed]  # for the check, and for the second file
     assert files[0] == files[1]
+
+
+def test_a_softmax_over_many_values_is_right(tmp_path: Path) -> None:
+    """ONNX Runtime's integer one overflows where its output's steps are fine."""
+
+    class Even(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = Round(), Round()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(self.before(x).softmax(-1))
+
+    x = normal(1, 4, 49)
+    deployed = deployable(Even(), x)
+    run = OnnxRuntime().load(compiled(deployed, tmp_path))
+    assert "QLinearSoftmax" not in OnnxRuntime().operators(tmp_path)
+    assert sqnr(simulate(deployed, x)[0], run(x)[0]) >= 50

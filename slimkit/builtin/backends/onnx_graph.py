@@ -17,6 +17,8 @@ MOVES = frozenset(
     | {"Gather", "Resize", "Pad", "Expand", "Identity"}
 )
 
+_SOFTMAX_LIMIT = 511  # the largest inverse of its output's scale
+
 
 def keep_integers_(model: ir.Model) -> None:
     """Apply all rewrites of this file to `model`, then drop what is no longer used."""
@@ -25,6 +27,7 @@ def keep_integers_(model: ir.Model) -> None:
     pool_globally_(graph)
     move_integers_(graph)
     pad_inside_convolutions_(graph)
+    softmax_in_float_(graph)
     keep_floats_(graph)
     common.RemoveUnusedNodesPass()(model)
 
@@ -124,6 +127,33 @@ def pad_inside_convolutions_(graph: ir.Graph) -> None:
         pads = pads + np.array(conv.attributes.get_ints("pads", [0] * len(pads)))
         conv.attributes["pads"] = ir.AttrInt64s("pads", pads.tolist())
         dq.replace_input_with(0, pad.inputs[0])
+
+
+def softmax_in_float_(graph: ir.Graph) -> None:
+    """Turn ``DQ -> Softmax -> Q`` into ``DQ -> LogSoftmax -> Exp -> Q`` where steps are fine.
+
+    ONNX Runtime makes QLinearSoftmax of the former, which multiplies its table's 23 bits by the
+    inverse of Q's scale in 32 bits (qlinear_softmax.cc): from 512 on, where no probability comes
+    near a half, that overflows, and the answer is noise.
+    """
+    for softmax in list(graph):
+        if softmax.op_type != "Softmax" or softmax.domain or _dequantize(softmax.inputs[0]) is None:
+            continue
+        scales = [
+            _array(use.node.inputs[1])
+            for use in softmax.outputs[0].uses()
+            if use.node.op_type == "QuantizeLinear"
+        ]
+        if all(scale is None or (scale * _SOFTMAX_LIMIT > 1).all() for scale in scales):
+            continue
+        log = ir.Node("", "LogSoftmax", softmax.inputs, softmax.attributes.values(), num_outputs=1)
+        graph.insert_before(softmax, log)
+        exp = _insert_after(graph, log, "Exp", [log.outputs[0]])
+        exp.outputs[0].shape, exp.outputs[0].type = (
+            softmax.outputs[0].shape,
+            softmax.outputs[0].type,
+        )
+        _replace_uses(softmax.outputs[0], exp.outputs[0])
 
 
 def keep_floats_(graph: ir.Graph) -> None:
