@@ -10,13 +10,10 @@ file gives the answers of slimkit's simulation.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from peers import METHODS, compiled, float_onnx, nncf_openvino, onnxruntime_tool
 from rich.progress import track
 from tasks import NAMES, Task, outputs, task
 from torch import Tensor
+from zoo.rows import machine
 
 import slimkit
 from slimkit.deploy.agreement import compare
@@ -173,23 +171,14 @@ def main() -> None:
     table = [HEADS]
     for name in track(given.only.split(","), "quantizing"):
         table += lines(task(name, given.data), runtimes, given)
-    packages = [p for p in ("torch", "onnxruntime", "openvino", "nncf", "ncnn") if present(p)]
-    where = ", ".join(f"{p} {version(p)}" for p in packages)
+    where = machine("torch", "onnxruntime", "openvino", "nncf", "ncnn")
     table += [
         "",
-        f"Medians, one sample, one thread ({platform.machine()}, {os.cpu_count()} cores, {where}).",
+        f"Medians, one sample, one thread ({where}).",
     ]
     print("\n".join(table))
     if given.output is not None:
         given.output.write_text("\n".join([*table, ""]))
-
-
-def present(package: str) -> bool:
-    """Whether a package is installed."""
-    try:
-        return bool(version(package))
-    except ModuleNotFoundError:
-        return False
 
 
 if __name__ == "__main__":

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import platform
 import tempfile
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +24,7 @@ from cifar10.models import resnet20
 from rich.progress import track
 from torch import nn
 from torch.nn import functional
+from zoo.rows import machine
 
 from benchmarks.folder import data_folder
 from slimkit.pruning.coupling import Group
@@ -126,8 +124,7 @@ def main() -> None:
         "",
         f"{len(points)} points: {len(curves)} groups of ResNet-20 at {len(RATIOS)} ratios, "
         f"{given.images} validation images of CIFAR-10, criterion {CRITERION} "
-        f"({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"torch {version('torch')}).",
+        f"({machine('torch')}, {torch.get_num_threads()} threads).",
         "",
     ]
     print("\n".join(lines))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from slimkit.calls import map_tensors
 from slimkit.errors import SlimkitError
@@ -80,6 +81,16 @@ def first_sample(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def samples_of(inputs: tuple[Any, ...], start: int, end: int) -> tuple[Any, ...]:
     """The inputs of some samples of a batch; what has no batch dimension stays."""
     return tuple(map_tensors(lambda t: t[start:end] if t.dim() else t, x) for x in inputs)
+
+
+def samples_in(batch: Any) -> int:
+    """How many samples a batch with its labels holds: the length of its first tensor."""
+    return next((t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
+
+
+def sample_of(batch: Any, n: int, size: int) -> Any:
+    """The n-th sample of a batch, as a batch of one; what is not `size` long stays."""
+    return map_tensors(lambda t: t[n : n + 1] if t.dim() and len(t) == size else t, batch)
 
 
 def doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

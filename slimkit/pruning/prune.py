@@ -31,7 +31,7 @@ from slimkit.pruning.removal import (
     rescale_,
 )
 from slimkit.pruning.report import PruningReport
-from slimkit.pruning.scores import DATA, Loss, group_scores, scores_over_batches
+from slimkit.pruning.scores import DATA, Loss, scores_over_batches
 from slimkit.pruning.selection import Selector
 from slimkit.pruning.sparsity import ratio_of, zero_
 from slimkit.pruning.statistics import MEASURED
@@ -338,8 +338,9 @@ def prune(
             f"{type(model).__name__} cannot be copied: {error}. slimkit works on copies; take what "
             "cannot be copied (a lock, an open file) out of the module's attributes"
         ) from error
-    if granularity != "channel":
-        with eagerly(small), untouched(model):
+    batches = () if data is None else data
+    with eagerly(small), untouched(model):
+        if granularity != "channel":
             zero_(
                 small,
                 inputs,
@@ -351,35 +352,28 @@ def prune(
                 block_size=block_size,
                 protect=protect,
                 protect_first=protect_first,
-                batches=data if data is not None else (),
+                batches=batches,
                 loss=loss or cross_entropy,
                 count=data_batches,
             )
-            if data is not None:
-                reestimate_(small, data, batchnorm_batches)
-        return small
-    with eagerly(small), untouched(model):
-        coupling = analyse(small, inputs, protect, engine, attention)
-        selector = Selector(
-            small,
-            coupling,
-            inputs,
-            round_to=round_to,
-            min_channels=min_channels,
-            ranking=ranking,
-            max_ratio=max_ratio,
-            ratios=ratios,
-            multiple=multiple,
-            protect_first=protect_first,
-        )
-        if chosen.needs & DATA:
-            assert data is not None
-            scores = scores_over_batches(
-                small, coupling, chosen, data, loss or cross_entropy, data_batches
-            )
         else:
-            scores = group_scores(small, coupling, chosen)
-        cut_to_target_(small, selector, scores, aim, inputs)
+            coupling = analyse(small, inputs, protect, engine, attention)
+            selector = Selector(
+                small,
+                coupling,
+                inputs,
+                round_to=round_to,
+                min_channels=min_channels,
+                ranking=ranking,
+                max_ratio=max_ratio,
+                ratios=ratios,
+                multiple=multiple,
+                protect_first=protect_first,
+            )
+            scores = scores_over_batches(
+                small, coupling, chosen, batches, loss or cross_entropy, data_batches
+            )
+            cut_to_target_(small, selector, scores, aim, inputs)
         if data is not None:
             reestimate_(small, data, batchnorm_batches)
     return small

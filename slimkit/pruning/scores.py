@@ -11,9 +11,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.utils._pytree import tree_leaves
 
-from slimkit.calls import map_tensors
+from slimkit.batches import sample_of, samples_in
 from slimkit.errors import PruningError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Criterion, Layer
@@ -40,7 +39,10 @@ Score = Callable[
 SAMPLES = 32
 """Of each batch, whose gradients are taken one by one for `slimkit.interfaces.Layer.fisher`."""
 
-DATA = MEASURED | {"gradient", "fisher"}
+GRADIENTS = frozenset({"gradient", "fisher"})
+"""Fields of `slimkit.interfaces.Layer` that a backward pass fills."""
+
+DATA = MEASURED | GRADIENTS
 """What a criterion may need that only data gives."""
 
 
@@ -218,6 +220,8 @@ def scores_over_batches(
 ) -> dict[str, Tensor]:
     """`score`, of `coupling`, with what the criterion needs of data; the model is not changed.
 
+    A criterion that needs no data reads no batch.
+
     Scores that need gradients are averaged over those of `count` batches. For the Fisher
     information, gradients are taken sample by sample, of at most `SAMPLES` of each batch.
 
@@ -264,7 +268,7 @@ def fisher_of(
             size = samples_in(batch)
             for n in range(min(SAMPLES, size)):
                 model.zero_grad(set_to_none=True)
-                loss(model, _sample(batch, n, size)).backward()
+                loss(model, sample_of(batch, n, size)).backward()
                 for name, parameter in model.named_parameters(remove_duplicate=False):
                     if parameter.grad is not None:
                         square = parameter.grad.detach().square()
@@ -273,16 +277,6 @@ def fisher_of(
     if not used:
         raise PruningError("the criterion needs gradients, but the data gave no batch")
     return {name: total / used for name, total in totals.items()}
-
-
-def samples_in(batch: Any) -> int:
-    """How many samples a batch holds: the length of its first tensor."""
-    return next((t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
-
-
-def _sample(batch: Any, n: int, size: int) -> Any:
-    """The n-th sample of a batch, as a batch of one; what is not `size` long stays."""
-    return map_tensors(lambda t: t[n : n + 1] if t.dim() and len(t) == size else t, batch)
 
 
 @contextmanager

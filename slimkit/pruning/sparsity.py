@@ -23,7 +23,7 @@ from slimkit.pruning.cost import macs, parameters, size_mb
 from slimkit.pruning.granularity import Fine, M, N, choose
 from slimkit.pruning.patterns import check_pattern, covers
 from slimkit.pruning.report import PruningReport
-from slimkit.pruning.scores import DATA, Loss, score_of, scores_over_batches
+from slimkit.pruning.scores import Loss, score_of, scores_over_batches
 from slimkit.pruning.selection import FIRST
 from slimkit.pruning.statistics import Measured
 from slimkit.pruning.targets import Target
@@ -306,7 +306,7 @@ def zero_(
     protect: Sequence[str] = (),
     protect_first: bool = True,
     batches: Iterable[Any] = (),
-    loss: Loss | None = None,
+    loss: Loss,
     count: int = 8,
 ) -> PruningReport:
     """Zero the weights of `model` that score least, in place; the report stays with the model.
@@ -331,13 +331,9 @@ def zero_(
     """
     check_criterion(criterion, granularity)
     weights = Weights.of(model, inputs, granularity, protect, protect_first)
-    if criterion.needs & DATA:
-        assert loss is not None
-        scores = scores_over_batches(
-            model, weights, criterion, batches, loss, count, score=weight_scores
-        )
-    else:
-        scores = weight_scores(model, weights, criterion)
+    scores = scores_over_batches(
+        model, weights, criterion, batches, loss, count, score=weight_scores
+    )
     options = {"ranking": ranking, "max_ratio": max_ratio, "block_size": block_size}
     kept = choose(scores, weights.axes, granularity, ratio, **options)  # type: ignore[arg-type]
     masks = WeightMasks(model, weights, kept)

@@ -177,9 +177,9 @@ def quantize(
         plain = copied(result) if corrections else result
         result, kept = fewest_in_float(corrected(result), [few], evaluate=metric, least=least)
         if corrections and kept:  # which were made for the noise of what is now in float
-            again = corrected(without(plain, [name for one in kept for name in one.calls], few))
-            if metric is None or least is None or metric(again) >= least:
-                result = again
+            anew = corrected(without(plain, [name for one in kept for name in one.calls], few))
+            if metric is None or least is None or metric(anew) >= least:
+                result = anew
     else:
         result = corrected(result)
     result.training = model.training  # its layers have their own flags, such as frozen batch-norms

@@ -20,7 +20,7 @@ from slimkit.pruning.prune import analyse, channel_multiple, cut_
 from slimkit.pruning.regularizers import REGULARIZERS, Growing, Regularizer
 from slimkit.pruning.removal import fitted, kept_positions, remove_, rescale_
 from slimkit.pruning.schedules import amount
-from slimkit.pruning.scores import DATA, Loss, group_scores, scores_over_batches
+from slimkit.pruning.scores import Loss, group_scores, scores_over_batches
 from slimkit.pruning.selection import Selector
 from slimkit.pruning.sensitivity import Curve
 from slimkit.pruning.statistics import Measured
@@ -102,8 +102,6 @@ def scores_of(
     """
     ref = recipe.criterion
     criterion: Criterion = discover().create("criterion", ref.name, ref.options)
-    if not criterion.needs & DATA:
-        return group_scores(network, coupling, criterion)
     with training_loss(inner, ref.name) as loss:
         count = recipe.data_batches
         return scores_over_batches(network, coupling, criterion, batches, loss, count)

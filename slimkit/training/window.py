@@ -13,12 +13,12 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimkit.batches import first_sample, inputs_of
+from slimkit.batches import first_sample, inputs_of, samples_in
 from slimkit.batchnorm import reestimate_
 from slimkit.errors import SlimkitError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.masks import Masks
-from slimkit.pruning.scores import samples_in
+from slimkit.pruning.scores import GRADIENTS
 from slimkit.pruning.sparsity import WeightMasks
 from slimkit.pruning.statistics import MEASURED, Measured, measure
 from slimkit.recipe import Prune
@@ -160,7 +160,7 @@ class PruningCallback(pl.Callback, ABC):
     @property
     def needs_gradient(self) -> bool:
         """Whether scores are collected from the gradients of each batch."""
-        return bool(self.criterion.needs & {"gradient", "fisher"})
+        return bool(self.criterion.needs & GRADIENTS)
 
     def _collect_scores(self) -> None:
         """Add the scores of the present weights and gradients to those since the last update."""
