@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from slimkit.errors import SlimkitError
 from slimkit.pruning.sensitivity import Divergence, LossIncrease, Measure
 from slimkit.training.classification import Classification
+from slimkit.training.logged import logged
 
 
 def measure_of(
@@ -70,7 +71,7 @@ class ValidationLoss:
     """The loss that a LightningModule's validation step returns or logs.
 
     Args:
-        inner: its `log` and `log_dict` are replaced.
+        inner: what it logs in the step goes nowhere else.
     """
 
     def __init__(self, inner: pl.LightningModule) -> None:
@@ -78,13 +79,12 @@ class ValidationLoss:
         self.logged: dict[str, Any] = {}
         parameters = list(inspect.signature(inner.validation_step).parameters)
         self.arguments = (0,) * (len(parameters) - 1) if len(parameters) < 4 else (0,)
-        inner.log = self._log  # type: ignore[method-assign]
-        inner.log_dict = self._log_dict  # type: ignore[method-assign,assignment]
 
     def __call__(self, batch: Any) -> Tensor:
         """The mean loss of a batch, ()."""
         self.logged.clear()
-        out: Any = self.inner.validation_step(batch, *self.arguments)
+        with logged(self.inner, self._take):
+            out: Any = self.inner.validation_step(batch, *self.arguments)
         for module in self.inner.modules():
             if isinstance(module, Metric):  # some keep every batch that they have seen
                 module.reset()
@@ -96,10 +96,6 @@ class ValidationLoss:
             found = self.logged[min(named, key=len)]
         return torch.as_tensor(found, dtype=torch.float64).reshape(())
 
-    def _log(self, name: str, value: Any, *_args: Any, **_kwargs: Any) -> None:
+    def _take(self, name: str, value: Any) -> None:
         if isinstance(value, float | int) or (isinstance(value, Tensor) and value.numel() == 1):
             self.logged[name] = value
-
-    def _log_dict(self, values: Mapping[str, Any], *_args: Any, **_kwargs: Any) -> None:
-        for name, value in values.items():
-            self._log(name, value)

@@ -28,6 +28,7 @@ from slimkit.pruning.targets import Target
 from slimkit.recipe import Prune
 from slimkit.registry import discover
 from slimkit.training.following import log_pruning
+from slimkit.training.logged import logged
 from slimkit.training.optimizers import shrink_optimizers_
 from slimkit.training.timeline import progress
 from slimkit.training.window import PruningCallback
@@ -126,11 +127,8 @@ def training_loss(inner: pl.LightningModule, criterion: str) -> Iterator[Loss]:
             )
         return loss
 
-    inner.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
-    try:
+    with logged(inner, lambda _name, _value: None):
         yield loss
-    finally:
-        del inner.log
 
 
 class ChannelPruning(PruningCallback):
