@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +30,11 @@ def usable(given: Path) -> tuple[Recipe, str]:
 
 
 def sayer(quiet: bool) -> Callable[[str], None]:
-    """Says a line on standard error, or nothing."""
+    """Says a line on standard error, or nothing; of several processes, the first one speaks."""
     from slimkit.progress import line
+
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    quiet = quiet or next((rank != "0" for rank in ranks if rank is not None), False)
 
     def say(text: str) -> None:
         if not quiet:

@@ -50,8 +50,10 @@ def run(
         from slimkit.training.run import run as run_recipe
 
         try:
-            release, timing = run_recipe(what, target, say=say, fresh=fresh)
+            done = run_recipe(what, target, say=say, fresh=fresh)
         except MissedGates as error:
             show(error.release, {}, as_json=as_json)
             raise
-    show(release, timing.seconds, as_json=as_json)
+    if done is not None:  # else this process has helped another one
+        release, timing = done
+        show(release, timing.seconds, as_json=as_json)

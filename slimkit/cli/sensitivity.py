@@ -150,10 +150,12 @@ def _pruning(
     """None in a process that only helps another one."""
     from slimkit.pruning.sensitivity import PRECISION
     from slimkit.report.curves import curves_table, write_curves
-    from slimkit.training.pruning_scan import is_first, scan_pruning
+    from slimkit.training.processes import is_first, part
+    from slimkit.training.pruning_scan import scan_pruning
 
     known = PRECISION if precision is None else precision
     curves = scan_pruning(recipe, folder, samples=samples, precision=known, say=say)
+    part()
     if not is_first():
         return None
     paths = write_curves(folder, curves)

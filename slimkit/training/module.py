@@ -152,11 +152,6 @@ class SlimModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, before training; then the wrapped module's own set-up."""
-        if stage == "fit" and self.trainer.world_size > 1 and self.recipe.prune is not None:
-            raise SlimkitError(
-                "pruning while training on several processes is not supported yet: use "
-                "devices: 1, or prune with max_epochs: 0 first"
-            )
         if stage == "fit" and self.recipe.quantize is not None:
             for backend in self.recipe.export:  # weight_bits that do not fit are said now
                 scheme_of(backend.name, self.recipe.quantize)

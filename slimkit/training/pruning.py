@@ -30,6 +30,8 @@ from slimkit.registry import discover
 from slimkit.training.following import log_pruning
 from slimkit.training.logged import logged
 from slimkit.training.optimizers import shrink_optimizers_
+from slimkit.training.ranks import averaged, check_alike, several
+from slimkit.training.strategies import rewrap_
 from slimkit.training.timeline import progress
 from slimkit.training.window import PruningCallback
 
@@ -191,6 +193,9 @@ class ChannelPruning(PruningCallback):
                     or "no group"
                 )
             )
+        if several():
+            members = {g.name: sorted({m.tensor for m in g.members}) for g in coupling.groups}
+            check_alike(members, "group of channels", PruningError)
         self.masks = Masks(coupling, self.module.state.living)
         backends = [plugin.name for plugin in self.module.recipe.export]
         self.selector = selector_of(
@@ -214,6 +219,8 @@ class ChannelPruning(PruningCallback):
         assert self.selector is not None
         if not self._chosen:
             scores = self._scores or self._scores_now()
+            if several():
+                scores = averaged(scores, self._device)
             kept = self.selector.choose(
                 self.masks.silence(scores), self.target, carried=self.module.state.carried
             ).kept
@@ -272,6 +279,7 @@ class ChannelPruning(PruningCallback):
             spared=self.selector.spared,
         )
         shrink_optimizers_(trainer.optimizers, network, kept_positions(pairs), shapes)
+        rewrap_(trainer)
         state.macs_left = macs(network, state.example_inputs) / report.macs[0]
         self.module.say(
             f"cut: {report.macs[1] / report.macs[0]:.1%} of the MACs and "

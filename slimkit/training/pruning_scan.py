@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
@@ -37,7 +36,7 @@ Say = Callable[[str], None]
 
 BATCH = 64  # samples: a point is looked at after each batch
 JOURNAL = "pruning.jsonl"
-_START = ("accelerator", "devices", "strategy", "num_nodes")  # what of a trainer starts processes
+START = ("accelerator", "devices", "strategy", "num_nodes")  # what of a trainer starts processes
 
 
 def scan_pruning(
@@ -63,10 +62,15 @@ def scan_pruning(
     model, data = trained(recipe, say)
     Loaders(data).validation()  # a missing one is said before the long work
     module = SlimModule(model, recipe)
-    start = {k: v for k, v in recipe.trainer.arguments.items() if k in _START}
+    start = starting(recipe)
     return curves_of(
         module, data, folder, samples=samples, precision=precision, say=say, trainer=start
     )
+
+
+def starting(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe's trainer decides where and in how many processes it runs."""
+    return {k: v for k, v in recipe.trainer.arguments.items() if k in START}
 
 
 def curves_of(
@@ -223,11 +227,6 @@ class _Scan(pl.LightningModule):
 
 def _nothing(_line: str) -> None:
     """Only the first process speaks."""
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return getattr(rank_zero_only, "rank", None) in (None, 0)
 
 
 def _entry(number: int, group: str, sums: Mapping[int, Sums]) -> Any:

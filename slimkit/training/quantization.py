@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.batches import first_sample, inputs_of
 from slimkit.copies import copied
-from slimkit.errors import SlimkitError
+from slimkit.errors import QuantizationError, SlimkitError
 from slimkit.interfaces import Scheme
 from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization, learns
@@ -19,6 +18,7 @@ from slimkit.registry import discover
 from slimkit.training.averages import copies_of
 from slimkit.training.optimizers import add_group_
 from slimkit.training.ranks import average_gradients_, check_alike, several, share_
+from slimkit.training.strategies import check_strategy
 from slimkit.training.timeline import progress, total_batches
 
 if TYPE_CHECKING:
@@ -68,13 +68,7 @@ class QuantizationCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Give a resumed run its parameter group, before the optimizer's state is restored."""
-        strategy = trainer.strategy
-        if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
-            raise SlimkitError(
-                f"quantization-aware training works on one device or with DDP, not with "
-                f"{type(strategy).__name__}, under which a process does not hold whole weights: "
-                "use strategy: ddp, or leave out quantize.train_from"
-            )
+        check_strategy(trainer, "quantization-aware training", "leave out quantize.train_from")
         if self.module.fake is not None and self.module.fake.state == "quantize":
             self._train_ranges(trainer)
 
@@ -130,7 +124,7 @@ class QuantizationCallback(pl.Callback):
             share_([*fake.parameters(), *fake.buffers()])
         ranges = fake.ranges(dict(self.module.network.named_parameters(remove_duplicate=False)))
         if several():
-            check_alike(ranges)
+            check_alike(ranges, "range", QuantizationError)
         fake.state = "quantize"
         self._train_ranges(trainer)
         self._copy_ranges(trainer, fake)

@@ -37,6 +37,7 @@ from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
+from slimkit.training.processes import is_first, join, meet, part
 from slimkit.training.pruning import (
     coupling_of,
     scores_of,
@@ -44,7 +45,8 @@ from slimkit.training.pruning import (
     target_of,
     training_loss,
 )
-from slimkit.training.pruning_scan import curves_of
+from slimkit.training.pruning_scan import curves_of, starting
+from slimkit.training.ranks import of_the_first, several
 from slimkit.training.sparsity import weights_ratio
 from slimkit.weights import load_weights
 
@@ -65,7 +67,9 @@ class Timing:
         self.seconds[name] = time.perf_counter() - start
 
 
-def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple[Release, Timing]:
+def run(
+    recipe: Recipe, output: Path, *, say: Say, fresh: bool = False
+) -> tuple[Release, Timing] | None:
     """Do what `recipe` says and leave the artifact in `output`.
 
     Checkpoints lie in ``<output>.work`` until the run is done. The same call after a crash goes
@@ -77,19 +81,21 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
         say: called with one line at each step.
         fresh: forget an earlier unfinished run.
 
+    Returns:
+        None in a process that only helped the first one to train.
+
     Raises:
         SlimkitError: bad input.
         GateError: a gate was missed; the artifact is in ``<output>.rejected``.
     """
     model_import, data_import = _needed(recipe)
-    for folder in (output, rejected(output)):
-        check_target(folder)
     work = output.with_name(f"{output.name}.work")
-    key = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
-    if fresh or not _same_run(work, key):
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "recipe.sha256").write_text(key)
+    join(recipe.trainer.accelerator)
+    if is_first():
+        _prepare(recipe, output, work, fresh)
+    else:
+        say = _nothing
+    meet()
     timing = Timing()
     with muted():
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
@@ -111,21 +117,44 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
                 build(data_import.model_dump(), "data", pl.LightningDataModule),
                 scan_folder(output),
                 say=say,
-                trainer={"accelerator": recipe.trainer.accelerator},
+                trainer=starting(recipe),
             )
-            write_curves(scan_folder(output), module.curves)
+            if is_first():
+                write_curves(scan_folder(output), module.curves)
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     with timing.part("pruning, distilling, quantization-aware training"):
         if recipe.trainer.max_epochs:
             _fit(module, data, work, say)
         elif recipe.prune is not None:
             _prune_at_once(module, Loaders(data), say)
+    part()
+    if not is_first():
+        return None
     say("exporting, running and measuring the files")
     with timing.part("exporting and measuring"):
         release = deploy(module, data, output)
     for leftover in ("last.ckpt", "dense.safetensors", "recipe.sha256"):
         (work / leftover).unlink(missing_ok=True)
     return release, timing
+
+
+def _prepare(recipe: Recipe, output: Path, work: Path, fresh: bool) -> None:
+    """Make the folder of what is unfinished; forget what does not belong to this run.
+
+    Raises:
+        SlimkitError: there is something at a folder's place that is not slimkit's.
+    """
+    for folder in (output, rejected(output)):
+        check_target(folder)
+    key = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
+    if fresh or not _same_run(work, key):
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "recipe.sha256").write_text(key)
+
+
+def _nothing(_line: str) -> None:
+    """Only the first process speaks."""
 
 
 def _needed(recipe: Recipe) -> tuple[Import, Import]:
@@ -208,11 +237,17 @@ def _pretrained(
     inner = model if lightning else Classification(model, recipe.pretrain.optimizer)
     assert isinstance(inner, pl.LightningModule)
     with muted(), _blaming_input():
-        _trainer(recipe, work, epochs, callbacks=[EpochLine(say)]).fit(inner, datamodule=data)
+        trainer = _trainer(recipe, work, epochs, callbacks=[EpochLine(say)])
+        trainer.fit(inner, datamodule=data)
     inner.cpu()
-    partial = kept.with_suffix(".partial")
-    save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, partial)
-    partial.rename(kept)
+    if several():  # batch-norm statistics are each process's own
+        device = trainer.strategy.root_device
+        model.load_state_dict(of_the_first(model.state_dict(), device))
+    if is_first():
+        partial = kept.with_suffix(".partial")
+        save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, partial)
+        partial.rename(kept)
+    meet()
     return model
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkit.batches import first_sample, inputs_of, samples_in
 from slimkit.batchnorm import reestimate_
-from slimkit.errors import SlimkitError
+from slimkit.errors import PruningError, SlimkitError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.masks import Masks
 from slimkit.pruning.scores import GRADIENTS
@@ -24,6 +25,8 @@ from slimkit.pruning.statistics import MEASURED, Measured, measure
 from slimkit.recipe import Prune
 from slimkit.registry import discover
 from slimkit.training.averages import averages_of
+from slimkit.training.ranks import average_, averaged, check_alike, of_the_first, several, sum_
+from slimkit.training.strategies import check_strategy
 from slimkit.training.timeline import moment, progress
 
 if TYPE_CHECKING:
@@ -87,6 +90,9 @@ class PruningCallback(pl.Callback, ABC):
 
     def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Place the window; go on settling batch-norm where the run was resumed in its middle."""
+        check_strategy(
+            trainer, "pruning while training", "prune with max_epochs: 0 first and train the result"
+        )
         self._window = self._placed(trainer)
         if self._settle_left and not self._settling:
             self._start_settling()
@@ -102,7 +108,8 @@ class PruningCallback(pl.Callback, ABC):
         self._batch_idx, self._collected, self._samples = batch_idx, False, samples_in(batch)
         state = self.module.state
         if self.masks is None and (self.lasting or not state.cut):
-            state.example_inputs = first_sample(inputs_of(batch, self.module.network))
+            inputs = first_sample(inputs_of(batch, self.module.network))
+            state.example_inputs = of_the_first(inputs, self._device) if several() else inputs
             self._analyse()
         if not state.cut and self.criterion.needs & MEASURED:
             self._recent.append(batch)
@@ -146,11 +153,15 @@ class PruningCallback(pl.Callback, ABC):
                         few = islice(trainer.train_dataloader or (), self.recipe.data_batches)
                         self._recent.extend(few)
                     self._collect_scores()
-                self._update(self._updates)
+                self._take(self._updates)
             self._make_final(trainer)
             self._finish_settling()
             batches = trainer.train_dataloader or ()
-            reestimate_(self.module.network, batches, self.recipe.batchnorm_batches)
+            network = self.module.network
+            used = reestimate_(network, batches, self.recipe.batchnorm_batches)
+            if used and several():
+                norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
+                average_(b for norm in norms for b in norm.buffers() if b.is_floating_point())
         self._finish_settling()
 
     @property
@@ -180,6 +191,8 @@ class PruningCallback(pl.Callback, ABC):
             squares = {n: self._samples * p.grad.square() for n, p in named if p.grad is not None}
         if needs & MEASURED and self._measured is None:
             self._measured = measure(network, self._recent, len(self._recent))
+            if several():
+                _pool_(self._measured.values())
         return self._score(self._measured, squares)
 
     def _step(self, now: float) -> None:
@@ -196,7 +209,24 @@ class PruningCallback(pl.Callback, ABC):
         if due > self.module.state.updates:
             if not self.needs_gradient:
                 self._collect_scores()
-            self._update(due)
+            self._take(due)
+
+    def _take(self, due: int) -> None:
+        """Take the schedule's step number `due` by the scores of all processes, and alike in all.
+
+        Raises:
+            PruningError: a process keeps other channels or weights than the first.
+        """
+        if several():
+            self._scores = averaged(self._scores, self._device)
+        self._update(due)
+        if several():
+            check_alike(self.module.state.living, "choice of what stays", PruningError)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where this process computes."""
+        return self.module.trainer.strategy.root_device
 
     def _apply(self, trainer: pl.Trainer) -> None:
         """Zero what is dead, in the network and in its averages."""
@@ -263,3 +293,13 @@ class PruningCallback(pl.Callback, ABC):
         for norm, momentum in self._settling.items():
             norm.momentum = momentum
         self._settling, self._settle_left = {}, 0
+
+
+def _pool_(measured: Iterable[Measured]) -> None:
+    """Let what each process measured on its own batches be what all have, together."""
+    found = list(measured)
+    sums = [t for m in found for t in (m.squares, m.sizes, m.zeros) if t is not None]
+    counts = torch.tensor([m.values for m in found], dtype=torch.float64, device=sums[0].device)
+    sum_([*sums, counts])
+    for one, count in zip(found, counts.tolist(), strict=True):
+        one.values = round(count)
