@@ -136,6 +136,8 @@ def score_of(
     data = measured.get(name) if measured is not None else None
     shown = turned.layer(weight.detach())
     squares = None if fisher is None else fisher.get(name)
+    if "fisher" in criterion.needs and squares is None:
+        raise _without_gradient(name, criterion)
     layer = Layer(
         name=name,
         weight=shown,
@@ -197,12 +199,16 @@ def _gradient(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
     if "gradient" not in criterion.needs:
         return None
     if weight.grad is None:
-        raise PruningError(
-            f"criterion {type(criterion).__name__} needs gradients, but {name} has none: pass "
-            "data= and loss=, or unfreeze the layer (requires_grad), or choose a criterion "
-            "without data such as 'l1'"
-        )
+        raise _without_gradient(name, criterion)
     return weight.grad.detach()
+
+
+def _without_gradient(name: str, criterion: Criterion) -> PruningError:
+    return PruningError(
+        f"criterion {type(criterion).__name__} needs gradients, but the loss gave {name} none: "
+        "does the loss depend on it? Protect that layer, or choose a criterion without gradients "
+        "such as 'l1'"
+    )
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -237,6 +237,11 @@ class ChannelPruning(PruningCallback):
         network, coupling = self.module.network, self.masks.coupling
         return group_scores(network, coupling, self.criterion, measured, fisher)
 
+    def _scored(self) -> list[str]:
+        assert isinstance(self.masks, Masks)
+        members = (m.tensor for group in self.masks.coupling.groups for m in group.members)
+        return [*dict.fromkeys(members)]
+
     def _update(self, due: int) -> None:
         assert isinstance(self.masks, Masks)
         assert self.selector is not None

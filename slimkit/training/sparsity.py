@@ -76,6 +76,10 @@ class WeightPruning(PruningCallback):
         network, weights = self.module.network, self.masks.weights
         return weight_scores(network, weights, self.criterion, measured, fisher)
 
+    def _scored(self) -> list[str]:
+        assert isinstance(self.masks, WeightMasks)
+        return [*self.masks.weights.axes]
+
     def _update(self, due: int) -> None:
         assert isinstance(self.masks, WeightMasks)
         share = amount(self.recipe.schedule, due / self._updates, 1 - self.ratio)

@@ -73,6 +73,10 @@ class PruningCallback(pl.Callback, ABC):
         """What the criterion says of the present weights and gradients."""
 
     @abstractmethod
+    def _scored(self) -> list[str]:
+        """Paths of the tensors that the criterion scores."""
+
+    @abstractmethod
     def _update(self, due: int) -> None:
         """Take the schedule's step number `due`, forget the scores, and tell what was done."""
 
@@ -111,6 +115,7 @@ class PruningCallback(pl.Callback, ABC):
             inputs = first_sample(inputs_of(batch, self.module.network))
             state.example_inputs = of_the_first(inputs, self._device) if several() else inputs
             self._analyse()
+            self._check_gradients()
         if not state.cut and self.criterion.needs & MEASURED:
             self._recent.append(batch)
         if not state.cut and state.updates >= self._updates:
@@ -172,6 +177,25 @@ class PruningCallback(pl.Callback, ABC):
     def needs_gradient(self) -> bool:
         """Whether scores are collected from the gradients of each batch."""
         return bool(self.criterion.needs & GRADIENTS)
+
+    def _check_gradients(self) -> None:
+        """Refuse, in front of the first step, a criterion of gradients that frozen weights lack.
+
+        Raises:
+            PruningError: there are such weights.
+        """
+        if not self.needs_gradient or self.module.state.cut:
+            return
+        named = dict(self.module.network.named_parameters(remove_duplicate=False))
+        scored = [name for name in self._scored() if name in named and named[name].dim() > 1]
+        frozen = [name for name in scored if not named[name].requires_grad]
+        if frozen:
+            listed = ", ".join(frozen[:4]) + (" ..." if len(frozen) > 4 else "")
+            raise PruningError(
+                f"criterion {self.recipe.criterion.name!r} needs gradients, but {listed} "
+                f"{'is' if len(frozen) == 1 else 'are'} frozen (requires_grad=False): unfreeze, "
+                "keep with prune.protect, or choose a criterion without gradients such as 'l1'"
+            )
 
     def _collect_scores(self) -> None:
         """Add the scores of the present weights and gradients to those since the last update."""
