@@ -68,8 +68,8 @@ def test_hessian_is_half_the_fisher_information_times_the_squared_weight():
     assert by_hand(Hessian(), fisher=fisher) == [[1.0, 2.0], [0.5, 0.0]]
 
 
-def test_bn_scale_is_the_absolute_gamma():
-    assert by_hand(BatchNormScale(), norm_scale=torch.tensor([-0.5, 2.0])) == [[0.5], [2.0]]
+def test_bn_scale_is_the_variance_behind_batch_norm():
+    assert by_hand(BatchNormScale(), norm_scale=torch.tensor([-0.5, 2.0])) == [[0.25], [4.0]]
 
 
 def test_wanda_multiplies_columns_by_the_norm_of_their_input():
