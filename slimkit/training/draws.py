@@ -28,9 +28,14 @@ class Draws(pl.Callback):
         self.seed = seed
         self.first = first
         self._base: int | None = None
+        self._data = data
         self._made = data.train_dataloader
         data.train_dataloader = self._loader  # type: ignore[method-assign]
         self._seed(first)
+
+    def leave(self) -> None:
+        """Let loaders made from now on be the data module's own, wherever this process began."""
+        self._data.train_dataloader = self._made  # type: ignore[method-assign]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Seed before the loader begins anew; that of the first epoch has begun already."""

@@ -130,6 +130,8 @@ def run(
     part()
     if not is_first():
         return None
+    # what follows draws the same in a run that went on from a checkpoint
+    pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     say("exporting, running and measuring the files")
     with timing.part("exporting and measuring"):
         release = deploy(module, data, output)
@@ -268,6 +270,7 @@ def _fit(module: SlimModule, data: pl.LightningDataModule, work: Path, say: Say)
             callbacks=[draws, KeepLast(last), EpochLine(say)],
         )
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+        draws.leave()
     if trainer.interrupted:
         raise KeyboardInterrupt
 

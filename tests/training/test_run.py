@@ -56,6 +56,12 @@ class Data(LightningDataModule):
         return DataLoader(self.test, 32)
 
 
+class Own(Data):
+    def train_dataloader(self):
+        own = torch.Generator().manual_seed(5)
+        return DataLoader(self.train, 8, shuffle=True, generator=own)
+
+
 class NoTraining(LightningDataModule):
     def val_dataloader(self):
         return Data().val_dataloader()
@@ -237,8 +243,13 @@ def test_a_missed_gate_exits_with_3_and_leaves_the_last_good_artifact(project: P
     assert sorted(p.name for p in project.folder.glob(".small*")) == []
 
 
-def test_a_killed_run_goes_on_with_the_same_command(project: Project) -> None:
-    project.write(trainer={"max_epochs": 4, "accelerator": "cpu"}, prune={**RECIPE["prune"]})
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"data": "mine:Own", "quantize": {"calibration_batches": 2}}],
+    ids=["trained on integers", "calibrated afterwards"],
+)
+def test_a_killed_run_goes_on_with_the_same_command(project: Project, changes) -> None:
+    project.write(trainer={"max_epochs": 4, "accelerator": "cpu"}, **changes)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLEEP": "0.02"}
     with subprocess.Popen(
         project.command(), cwd=project.folder, env=environment, stderr=subprocess.DEVNULL
