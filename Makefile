@@ -48,6 +48,9 @@ bench: $(TEST)/.ready  ## all of benchmarks/, hours; SLIMKIT_DATA names the data
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/quantized.py --output runs/zoo-quantized
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/rounding.py --output runs/rounding.md
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/criteria.py --data $(SLIMKIT_DATA) --output runs/criteria.md
+	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/allocation.py --data $(SLIMKIT_DATA) --output runs/allocation.md
+	PYTHONPATH=. $(TEST)/bin/python benchmarks/sensitivity.py --data $(SLIMKIT_DATA) --output runs/sensitivity.md
+	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/recovery.py --data $(SLIMKIT_DATA) --work runs/recovery --output runs/recovery.md
 	PYTHONPATH=. $(TEST)/bin/python benchmarks/qat_step.py --output runs/qat_step.md
 	PYTHONPATH=.:benchmarks:$(ZOO_PATH) $(TEST)/bin/python benchmarks/calibration.py --output runs/calibration.md
 	$(TEST)/bin/pip install --quiet --constraint constraints.txt pycocotools

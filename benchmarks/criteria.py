@@ -3,7 +3,8 @@
     PYTHONPATH=.:benchmarks python benchmarks/criteria.py --data ../shared/data \
         --output benchmarks/criteria.md
 
-ResNet-56 on CIFAR-10 and MobileNetV1 0.25 on ImageNet classes, pretrained. Scores that need data
+ResNet-56 on CIFAR-10 (its plot lies beside the table, with .png in place of .md) and MobileNetV1
+0.25 on ImageNet classes, pretrained. Scores that need data
 see 8 batches, batch-norm 20; both are training images, never those of the test. Random scores are
 drawn with three seeds.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from cifar10.data import Cifar10
+from plots import accuracies
 from rich.progress import track
 from tasks import Task, imagenet_labelled, task
 from torch import Tensor
@@ -80,6 +82,7 @@ def main() -> None:
         t, data = task(network, given.data), batches(network, given.data)
         dense = t.of(t.model)
         targets = TARGETS[network]
+        found: dict[str, list[float]] = {}
         heads = [f"{target:.0%} of the MACs" for target in targets]
         lines += [f"{network}, dense {dense:.1%}:", "", f"| criterion | {' | '.join(heads)} | s |"]
         lines += [f"| --- |{' ---: |' * (len(heads) + 1)}"]
@@ -90,11 +93,16 @@ def main() -> None:
                     accuracy(t, data, name, target, seed)
                     for seed in (SEEDS if name == "random" else SEEDS[:1])
                 ]
-                cells.append(f"{statistics.mean(found for found, _ in tries):.1%}")
+                found.setdefault(name, []).append(statistics.mean(top for top, _ in tries))
+                cells.append(f"{found[name][-1]:.1%}")
                 seconds += [taken for _, taken in tries]
             lines.append(f"| {name} | {' | '.join(cells)} | {statistics.median(seconds):.1f} |")
             print(lines[-1], flush=True)
         lines.append("")
+        if len(targets) > 1 and given.output is not None:
+            plot = given.output.with_suffix(".png")
+            accuracies(plot, {f"{network}, cut at once": found}, targets)
+            lines += [f"![accuracy]({plot.name})", ""]
     lines += [
         "Top-1 accuracy on 1,000 test images; one standard error is 1.6 points and less, smaller "
         f"between rows. Random: the mean of {len(SEEDS)} seeds ({machine('torch')}).",
