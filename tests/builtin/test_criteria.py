@@ -127,6 +127,17 @@ class TestEveryCriterion:
         )
 
 
+@pytest.mark.parametrize(
+    ("criterion", "given"),
+    [(Taylor(), "gradient"), (Hessian(), "fisher"), (L2(), "weight")],
+    ids=["taylor", "hessian", "l2"],
+)
+def test_products_of_half_precision_tensors_do_not_become_zero(criterion, given):
+    small = torch.full((2, 2), 1e-4, dtype=torch.float16)
+    score = criterion.score(Layer("w", small, **({given: small} if given != "weight" else {})))
+    assert score.min().item() > 0
+
+
 def test_taylor_says_that_it_needs_gradients():
     assert Taylor.needs == {"gradient"}
 
