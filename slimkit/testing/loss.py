@@ -53,7 +53,7 @@ def pairs(subject: Subject) -> Iterator[Pair]:
     """Those that the loss takes."""
     for pair in all_pairs(subject):
         try:
-            subject.make()(pair.student, pair.teacher)
+            subject.make()(pair.student.clone(), pair.teacher.clone())
         except Exception:  # takes_what_it_does_not_refuse says which of them are wrong
             continue
         yield pair
@@ -61,7 +61,7 @@ def pairs(subject: Subject) -> Iterator[Pair]:
 
 def _value(subject: Subject, student: Tensor, teacher: Tensor) -> float:
     with torch.no_grad():
-        return float(subject.make().eval()(student, teacher))
+        return float(subject.make().eval()(student.clone(), teacher.clone()))
 
 
 def once(_: Subject) -> Iterator[str]:
@@ -78,7 +78,7 @@ def takes_what_it_does_not_refuse(subject: Subject, _case: str) -> str | None:
     refused = []
     for pair in all_pairs(subject):
         try:
-            subject.make()(pair.student, pair.teacher)
+            subject.make()(pair.student.clone(), pair.teacher.clone())
         except ValueError as error:
             if not str(error).strip():
                 return f"{pair.kind} of shape {tuple(pair.student.shape)}: an error without a text"

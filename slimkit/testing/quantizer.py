@@ -85,13 +85,20 @@ def _amiss(quantizer: Quantizer) -> str | None:
                 f"a {name} of shape {tuple(tensor.shape)} in {tensor.dtype}, "
                 f"not ({grid.channels},) in {dtype}"
             )
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        return f"scale {scale.tolist()}"
+    wrong = _no_step(scale)
+    if wrong:
+        return wrong
     if not bool(((zero_point >= grid.qmin) & (zero_point <= grid.qmax)).all()):
         return f"zero point {zero_point.tolist()}, outside of {grid.qmin} to {grid.qmax}"
     if grid.symmetric and bool(zero_point.any()):
         return f"zero point {zero_point.tolist()} on a symmetric grid"
     return None
+
+
+def _no_step(scale: Tensor) -> str | None:
+    """What is wrong with the size of a step."""
+    good = torch.isfinite(scale) & (scale > 0)
+    return None if bool(good.all()) else f"scale {scale.tolist()}"
 
 
 @QUANTIZER.on(grids)
@@ -218,9 +225,11 @@ def constant_input(subject: Subject, case: GridCase) -> str | None:
     """
     for value in (3.7, -3.7, 1e-20, 1e20, 0.0):
         quantizer = _calibrated(subject, case, torch.full((3, 4, 5, 5), value))
-        wrong = _amiss(quantizer)
+        wrong = _no_step(quantizer.qparams()[0])
         if wrong:
             return f"{wrong} after nothing but {value} was observed"
+        if not value:
+            continue  # zero_stays_zero
         found = quantizer(torch.full((3, 4, 1, 1), value))
         step = abs(value) / case.grid.qmax
         if not bool(((found - value).abs() <= 1.001 * step).all()):
@@ -234,10 +243,10 @@ def outlier_input(subject: Subject, case: GridCase) -> str | None:
     values = case.values(size=8)
     values[0, 0, 0, 0] = 1e6
     quantizer = _calibrated(subject, case, values)
-    wrong = _amiss(quantizer)
+    scale, zero_point = quantizer.qparams()
+    wrong = _no_step(scale)
     if wrong:
         return wrong
-    scale, zero_point = quantizer.qparams()
     top = (case.grid.qmax - zero_point) * scale
     if bool((top > 1.01e6).any()):
         return f"a range up to {top.max().item():.6g}; the largest value seen is 1e6"
