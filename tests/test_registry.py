@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from importlib import invalidate_caches
 from importlib.metadata import version
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from slimkit import hookspecs, registry
 from slimkit.errors import PluginError
 from slimkit.grid import Grid
+from slimkit.testing.suite import PROMISES, subjects_of
 
 GOOD = """
 from slimkit.hookspecs import Plugin, hookimpl
@@ -34,36 +34,6 @@ class Stranger(Criterion):
     def score(self, layer):
         return layer.weight.abs() ** self.power
 """
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Puts a package with dist-info, entry point and modules on the path, as pip would."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def install(package, modules, entry_points=None, package_version="1.0"):
-        info = tmp_path / f"{package.replace('-', '_')}-{package_version}.dist-info"
-        info.mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: {package_version}\n"
-        (info / "METADATA").write_text(metadata)
-        if entry_points is None:
-            entry_points = f"[slimkit]\n{package.removeprefix('slimkit-')} = {next(iter(modules))}"
-        (info / "entry_points.txt").write_text(entry_points)
-        for name, text in modules.items():
-            path = tmp_path / f"{name.replace('.', '/')}.py"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        invalidate_caches()
-        registry.discover.cache_clear()
-        return tmp_path
-
-    registry.discover.cache_clear()
-    yield install
-    registry.discover.cache_clear()
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def good(name="stranger", target="stranger_criterion:Stranger"):
@@ -323,3 +293,11 @@ def test_the_plugin_in_a_hooks_docstring_works_as_it_stands(install, hook):
     grid = [Grid()] if listed.kind == "quantizer" else []
     made = registry.discover().create(listed.kind, listed.name, {}, *grid)
     assert f"{type(made).__module__}:{type(made).__name__}" == listed.target
+    broken = [
+        str(found)
+        for subject in subjects_of("slimkit-example", {})
+        for promise in PROMISES[subject.kind]
+        if "network" not in promise.name  # takes a minute
+        if (found := promise.broken(subject))
+    ]
+    assert broken == []
