@@ -43,6 +43,11 @@ _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
+def is_name(text: str) -> bool:
+    """Whether a plugin may be called that: kebab-case."""
+    return _NAME.fullmatch(text) is not None
+
+
 @dataclass(frozen=True)
 class Listed:
     """A plugin that can be named in a recipe, and the package that it came with."""
@@ -86,12 +91,31 @@ class Registry:
     left_out: tuple[str, ...] = ()
 
     def find(self, kind: str, name: str) -> Listed:
-        """The plugin called `name`; raises `PluginError` with the nearest name if there is none."""
+        """The plugin called `name`.
+
+        Raises:
+            PluginError: there is none; with the package that has it, or the nearest name.
+        """
         known = {plugin.name: plugin for plugin in self.plugins if plugin.kind == kind}
         if name in known:
             return known[name]
-        message = f"no {kind} is called {name!r}{did_you_mean(name, known)}"
-        raise PluginError("\n  ".join([message, *self.absent()]))
+        owner = self._owner(kind, name)
+        hint = f"; {owner}" if owner else did_you_mean(name, known)
+        raise PluginError("\n  ".join([f"no {kind} is called {name!r}{hint}", *self.absent()]))
+
+    def _owner(self, kind: str, name: str) -> str | None:
+        """Which package has the plugin, and why it is not in use; None where nobody knows."""
+        from slimkit.known import PACKAGES, claims
+
+        broken = {(b.package, b.entry_point) for b in self.broken}
+        for package, point in _entry_points([]):
+            out, amiss = point.name in self.left_out, (package.name, point.name) in broken
+            if (out or amiss) and claims(point, _HOOKS[kind], name):
+                why = "is broken" if amiss else "SLIMKIT_PLUGINS leaves it out"
+                return f"{package.name} {package.version} has it, but {why}"
+        if name in PACKAGES[kind]:
+            return f"{PACKAGES[kind][name]} has it: pip install {PACKAGES[kind][name]}"
+        return None
 
     def absent(self) -> list[str]:
         """One line for each package that is installed but gives nothing, with the reason."""
@@ -260,7 +284,7 @@ def _flaw(kind: str, record: object) -> str | None:
     for field in ("name", "target", "summary"):
         if not isinstance(getattr(record, field), str):
             return f"{field} of a {kind} is {getattr(record, field)!r}, not a string"
-    if not _NAME.fullmatch(record.name):
+    if not is_name(record.name):
         return f"{kind} name {record.name!r} is not in kebab-case, such as 'my-{kind}'"
     if not _TARGET.fullmatch(record.target):
         return f"target {record.target!r} of {kind} {record.name!r} is not 'package.module:Class'"

@@ -105,13 +105,13 @@ def options_are_valid(_: Subject, plugin: Subject) -> str | None:
             return f"{parameter.name} of {plugin.target} has no type"
         if parameter.default is kinds.empty and parameter.name not in plugin.options:
             return f"{parameter.name} of {plugin.target} has no default"
-    types, _required = option_types(cls)
+    types = option_types(cls)[0]
     defaults = {
         name: parameter.default
         for name, parameter in parameters.items()
         if name in types and parameter.default is not kinds.empty
     }
-    _, problems = fit(defaults, types)
+    problems = fit(defaults, types)[1]
     if problems:
         return "\n".join(f"the default of {problem}" for problem in problems)
     _built(plugin)

@@ -174,7 +174,7 @@ class OpenVino(Backend):
 def _compare_shapes(compiled: Any, deployable: Deployable) -> None:
     """Refuse a model that OpenVINO has misread: running it may end the process."""
     nodes = deployable.program.graph_module.graph.output_node().args[0]
-    values = (node.meta["val"] for node in nodes if hasattr(node, "meta"))  # type: ignore[union-attr]
+    values = (node.meta["val"] for node in nodes if hasattr(node, "meta"))
     expected = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
     found = [output.get_partial_shape() for output in compiled.outputs]
     for number, (shape, given) in enumerate(zip(expected, found, strict=False)):
