@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 
 from slimkit.errors import SlimkitError
 
-PACKAGES = {
+PACKAGES: dict[str, dict[str, str]] = {
     "criterion": {},
     "quantizer": {},
     "loss": {},
@@ -28,10 +28,11 @@ def claims(entry_point: EntryPoint, hook: str, name: str) -> bool:
         found = source.read(entry_point.module)
     except SlimkitError:
         return False
-    return found is not None and name in _names(found.tree.body, hook)
+    return found is not None and name in names_in(found.tree.body, hook)
 
 
-def _names(body: Iterable[ast.stmt], hook: str) -> Iterator[object]:
+def names_in(body: Iterable[ast.stmt], hook: str) -> Iterator[object]:
+    """The names of the records that a module's hook yields, as far as they are written out."""
     for function in body:
         if isinstance(function, ast.FunctionDef) and function.name == hook:
             for node in ast.walk(function):

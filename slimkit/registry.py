@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,8 @@ _BASES = {
     "backend": "Backend",
 }
 kinds = tuple(_HOOKS)
+
+SLOW_S = 0.25  # a package that takes longer to be listed is named
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -77,6 +80,22 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class Slow:
+    """An entry point that works but takes long to be listed, at every command."""
+
+    package: str
+    version: str
+    entry_point: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.package} {self.version} (entry point {self.entry_point!r}): takes "
+            f"{self.seconds:.1f} s to be listed; it should import plugins only when they are used"
+        )
+
+
+@dataclass(frozen=True)
 class Registry:
     """What is installed.
 
@@ -84,11 +103,13 @@ class Registry:
         plugins: everything that works, built-ins first.
         broken: third parties that do not.
         left_out: entry-point names that SLIMKIT_PLUGINS excludes.
+        slow: packages that make every command wait.
     """
 
     plugins: tuple[Listed, ...]
     broken: tuple[Broken, ...] = ()
     left_out: tuple[str, ...] = ()
+    slow: tuple[Slow, ...] = ()
 
     def find(self, kind: str, name: str) -> Listed:
         """The plugin called `name`.
@@ -177,7 +198,7 @@ def blame(plugin: Listed, doing: str) -> Iterator[None]:
 def discover() -> Registry:
     """Everything that is installed; runs the hooks of every package once a process."""
     own = [_listed(kind, r, GROUP, version(GROUP)) for kind, r in _records(import_module(BUILTIN))]
-    found, broken, left_out = _third_parties()
+    found, broken, left_out, slow = _third_parties()
     claims: dict[tuple[str, str], list[Listed]] = {}
     for plugin in [*own, *(plugin for plugin, _ in found)]:
         claims.setdefault((plugin.kind, plugin.name), []).append(plugin)
@@ -192,7 +213,7 @@ def discover() -> Registry:
                     plugin.package, plugin.version, entry_point, _clash(owners, owners[0] in own)
                 )
             )
-    return Registry(tuple(working), tuple(broken), tuple(left_out))
+    return Registry(tuple(working), tuple(broken), tuple(left_out), tuple(slow))
 
 
 def _clash(owners: list[Listed], builtin_wins: bool) -> str:
@@ -204,18 +225,20 @@ def _clash(owners: list[Listed], builtin_wins: bool) -> str:
     return f"{claimed}; uninstall one, or leave one out with SLIMKIT_PLUGINS"
 
 
-def _third_parties() -> tuple[list[tuple[Listed, str]], list[Broken], list[str]]:
-    """Plugins with their entry point's name, what is broken, and what SLIMKIT_PLUGINS excludes."""
+def _third_parties() -> tuple[list[tuple[Listed, str]], list[Broken], list[str], list[Slow]]:
+    """Plugins with their entry point's name; what is broken, left out by SLIMKIT_PLUGINS, slow."""
     only = os.environ.get("SLIMKIT_PLUGINS")
     wanted = None if only is None else {name.strip() for name in only.split(",")}
     found: list[tuple[Listed, str]] = []
     broken: list[Broken] = []
     left_out: list[str] = []
+    slow: list[Slow] = []
     for package, entry_point in _entry_points(broken):
         source = (package.name, package.version, entry_point.name)
         if wanted is not None and entry_point.name not in wanted:
             left_out.append(entry_point.name)
             continue
+        start = time.perf_counter()
         try:
             # What a package prints while it is imported must not end up in our --json output.
             with contextlib.redirect_stdout(sys.stderr):
@@ -225,13 +248,16 @@ def _third_parties() -> tuple[list[tuple[Listed, str]], list[Broken], list[str]]
         except BaseException as error:  # a package may even raise SystemExit at import
             broken.append(Broken(*source, _told(error)))
             continue
+        taken = time.perf_counter() - start
+        if taken > SLOW_S:
+            slow.append(Slow(*source, taken))
         for kind, record in records:
             flaw = _flaw(kind, record)
             if flaw:
                 broken.append(Broken(*source, flaw))
             else:
                 found.append((_listed(kind, record, *source[:2]), entry_point.name))
-    return found, broken, left_out
+    return found, broken, left_out, slow
 
 
 def _entry_points(broken: list[Broken]) -> Iterator[tuple[Distribution, EntryPoint]]:

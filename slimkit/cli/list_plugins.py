@@ -36,8 +36,10 @@ def list_plugins(name: str | None, kind: str | None, as_json: bool, strict: bool
         import json
 
         broken = [vars(b) for b in registry.broken]
+        slow = [vars(s) for s in registry.slow]
         left_out = list(registry.left_out)
-        click.echo(json.dumps({"plugins": shown, "broken": broken, "left_out": left_out}, indent=2))
+        listed = {"plugins": shown, "broken": broken, "left_out": left_out, "slow": slow}
+        click.echo(json.dumps(listed, indent=2))
     elif name:
         for description in shown:
             _show(description)
@@ -46,6 +48,8 @@ def list_plugins(name: str | None, kind: str | None, as_json: bool, strict: bool
     if not as_json:
         for line in registry.absent():
             click.echo(line)
+        for slow_one in registry.slow:
+            click.echo(f"slow: {slow_one}")
     if strict and registry.broken:
         raise SystemExit(1)
 
