@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimkit.copies import copied
-from slimkit.deploy.folder import read_manifest, write_manifest
+from slimkit.deploy.folder import FORMAT, read_manifest, write_manifest
 from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Grid, Scheme
@@ -80,7 +80,7 @@ def write(directory: Path, contents: Contents) -> None:
     write_manifest(
         directory,
         {
-            "format": 1,
+            "format": FORMAT,
             "model": contents.model,
             "recipe": contents.recipe,
             "plugins": plugins,
