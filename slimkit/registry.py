@@ -124,6 +124,12 @@ class Registry:
         hint = f"; {owner}" if owner else did_you_mean(name, known)
         raise PluginError("\n  ".join([f"no {kind} is called {name!r}{hint}", *self.absent()]))
 
+    def name_of(self, kind: str, plugin: object) -> str:
+        """What the class of an instance is called; ``package.module:Class`` if nobody lists it."""
+        target = f"{type(plugin).__module__}:{type(plugin).__qualname__}"
+        names = (p.name for p in self.plugins if (p.kind, p.target) == (kind, target))
+        return next(names, target)
+
     def _owner(self, kind: str, name: str) -> str | None:
         """Which package has the plugin, and why it is not in use; None where nobody knows."""
         from slimkit.known import PACKAGES, claims
@@ -192,6 +198,28 @@ def blame(plugin: Listed, doing: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         raise PluginError(f"{plugin} failed while {doing}: {_told(error)}") from error
+
+
+@contextlib.contextmanager
+def blame_for(kind: str, plugin: object, doing: str) -> Iterator[None]:
+    """`blame` for an instance; what no package registers, and a full disk, pass unchanged.
+
+    Args:
+        kind: of the plugin.
+        plugin: whose method is called inside.
+        doing: such as ``scoring layer1.0.conv1.weight``.
+    """
+    try:
+        yield
+    except (SlimkitError, OSError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        registry = discover()
+        name = registry.name_of(kind, plugin)
+        if ":" in name:
+            raise
+        owner = registry.find(kind, name)
+        raise PluginError(f"{owner} failed while {doing}: {_told(error)}") from error
 
 
 @cache
