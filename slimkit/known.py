@@ -9,10 +9,10 @@ from importlib.metadata import EntryPoint
 from slimkit.errors import SlimkitError
 
 PACKAGES: dict[str, dict[str, str]] = {
-    "criterion": {},
-    "quantizer": {},
-    "loss": {},
-    "backend": {"openvino": "slimkit-openvino"},
+    "criterion": {"ria": "slimkit-ria"},
+    "quantizer": {"octav": "slimkit-octav"},
+    "loss": {"cwd": "slimkit-cwd"},
+    "backend": {"aoti": "slimkit-aoti", "openvino": "slimkit-openvino"},
 }
 """By kind and name, the packages that slimkit's own repository has under ``plugins/``."""
 

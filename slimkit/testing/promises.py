@@ -106,7 +106,8 @@ class Broken:
     def __str__(self) -> str:
         lines = [f"{self.subject} breaks the promise {self.promise.name}", ""]
         for title in ("promised", "came", "case"):
-            text = self.promise.says if title == "promised" else getattr(self, title)
+            says = textwrap.fill(self.promise.says, 88)
+            text = says if title == "promised" else getattr(self, title)
             lines.append(textwrap.indent(text, " " * 10).replace(" " * 10, f"{title:<10}", 1))
         return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from installing import installed
 
 from slimkit import registry
 from slimkit.cli.new_plugin import new_plugin
@@ -36,20 +37,6 @@ def run(*args, cwd, **environment):
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
-
-
-def installed(package: Path, site: Path) -> None:
-    """What an installer writes for a package in development: its dist-info, and a path to it."""
-    project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
-    name = project["name"].replace("-", "_")
-    info = site / f"{name}-{project['version']}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
-    lines = [f"{k} = {v}" for k, v in project["entry-points"]["slimkit"].items()]
-    (info / "entry_points.txt").write_text("\n".join(["[slimkit]", *lines]) + "\n")
-    (info / "INSTALLER").write_text("slimkit's tests\n")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_scaffold import installed
+from installing import installed
 
 from slimkit.scaffold.naming import Names
 from slimkit.scaffold.package import write_package
