@@ -120,7 +120,7 @@ class Registry:
         known = {plugin.name: plugin for plugin in self.plugins if plugin.kind == kind}
         if name in known:
             return known[name]
-        owner = self._owner(kind, name)
+        owner = self.owner(kind, name)
         hint = f"; {owner}" if owner else did_you_mean(name, known)
         raise PluginError("\n  ".join([f"no {kind} is called {name!r}{hint}", *self.absent()]))
 
@@ -130,8 +130,8 @@ class Registry:
         names = (p.name for p in self.plugins if (p.kind, p.target) == (kind, target))
         return next(names, target)
 
-    def _owner(self, kind: str, name: str) -> str | None:
-        """Which package has the plugin, and why it is not in use; None where nobody knows."""
+    def owner(self, kind: str, name: str) -> str | None:
+        """Which package has a plugin that is not in use, and why; None where nobody knows."""
         from slimkit.known import PACKAGES, claims
 
         broken = {(b.package, b.entry_point) for b in self.broken}

@@ -134,6 +134,12 @@ def test_an_unknown_name_exits_with_2_and_the_nearest_one(slimkit):
     assert done.stdout == ""
 
 
+def test_a_plugin_of_a_package_that_is_not_installed_is_named_with_it(slimkit):
+    done = slimkit("list-plugins", "cwd", SLIMKIT_PLUGINS="")
+    assert done.returncode == 2
+    assert "Error: no plugin is called 'cwd'; slimkit-cwd has it" in done.stderr
+
+
 def test_a_broken_package_is_one_line_and_fails_only_the_strict_list(slimkit, broken_package):
     done = slimkit("list-plugins", PYTHONPATH=broken_package)
     assert done.returncode == 0

@@ -57,8 +57,10 @@ def list_plugins(name: str | None, kind: str | None, as_json: bool, strict: bool
 def _unknown(registry: Registry, name: str, kind: str | None) -> Exception:
     from slimkit.errors import PluginError, did_you_mean
 
+    owner = next(filter(None, (registry.owner(k, name) for k in ([kind] if kind else kinds))), None)
     known = {p.name for p in registry.plugins if kind in (None, p.kind)}
-    message = f"no {kind or 'plugin'} is called {name!r}{did_you_mean(name, sorted(known))}"
+    hint = f"; {owner}" if owner else did_you_mean(name, sorted(known))
+    message = f"no {kind or 'plugin'} is called {name!r}{hint}"
     return PluginError("\n  ".join([message, *registry.absent()]))
 
 
