@@ -225,7 +225,9 @@ def blame_for(kind: str, plugin: object, doing: str) -> Iterator[None]:
 @cache
 def discover() -> Registry:
     """Everything that is installed; runs the hooks of every package once a process."""
-    own = [_listed(kind, r, GROUP, version(GROUP)) for kind, r in _records(import_module(BUILTIN))]
+    own = [
+        _listed(kind, r, GROUP, version(GROUP)) for kind, r in records_of(import_module(BUILTIN))
+    ]
     found, broken, left_out, slow = _third_parties()
     claims: dict[tuple[str, str], list[Listed]] = {}
     for plugin in [*own, *(plugin for plugin, _ in found)]:
@@ -270,7 +272,7 @@ def _third_parties() -> tuple[list[tuple[Listed, str]], list[Broken], list[str],
         try:
             # What a package prints while it is imported must not end up in our --json output.
             with contextlib.redirect_stdout(sys.stderr):
-                records = _records(entry_point.load())
+                records = records_of(entry_point.load())
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a package may even raise SystemExit at import
@@ -305,7 +307,7 @@ def _entry_points(broken: list[Broken]) -> Iterator[tuple[Distribution, EntryPoi
             yield from ((package, point) for point in sorted(mine, key=lambda point: point.name))
 
 
-def _records(source: object) -> list[tuple[str, Any]]:
+def records_of(source: object) -> list[tuple[str, Any]]:
     """What the hooks of one module yield, with the kind; raises whatever they raise.
 
     One manager for each source: a failed registration or a raising hook reaches nobody else.
