@@ -47,6 +47,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     from slimkit import registry
 
     before = set(sys.modules)
+    monkeypatch.delenv("SLIMKIT_PLUGINS", raising=False)  # `make test-alone` sets it
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(

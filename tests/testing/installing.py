@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -22,3 +23,8 @@ def installed(package: Path, site: Path) -> None:
     lines = [f"{name} = {module}" for name, module in project["entry-points"]["slimkit"].items()]
     (info / "entry_points.txt").write_text("\n".join(["[slimkit]", *lines]) + "\n")
     (info / "INSTALLER").write_text("slimkit's tests\n")
+
+
+def without_limit() -> dict[str, str]:
+    """The environment of a process that sees every package, whatever `make test-alone` allows."""
+    return {name: value for name, value in os.environ.items() if name != "SLIMKIT_PLUGINS"}

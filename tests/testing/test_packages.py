@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from installing import installed
+from installing import installed, without_limit
 
 from slimkit.known import PACKAGES
 from slimkit.registry import kinds
@@ -62,7 +62,7 @@ def test_the_template_passes_its_own_tests(tmp_path):
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
         + ["--rootdir", str(TEMPLATE), str(TEMPLATE / "tests")],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        env={**without_limit(), "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
         timeout=200,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from installing import installed
+from installing import installed, without_limit
 
 from slimkit import registry
 from slimkit.cli.new_plugin import new_plugin
@@ -30,7 +30,7 @@ def run(*args, cwd, **environment):
     done = subprocess.run(
         [sys.executable, "-m", *map(str, args)],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**without_limit(), **environment},
         capture_output=True,
         text=True,
         timeout=280,

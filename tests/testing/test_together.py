@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from installing import installed
+from installing import installed, without_limit
 
 from slimkit.scaffold.naming import Names
 from slimkit.scaffold.package import write_package
@@ -58,7 +58,7 @@ def test_plugins_of_three_packages_run_in_one_recipe(tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "slimkit", command, "recipe.yaml"],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            env={**without_limit(), "PYTHONPATH": os.pathsep.join(path)},
             capture_output=True,
             text=True,
             timeout=200,

@@ -12,6 +12,12 @@ def test_the_package_keeps_its_promises(check):
 
 @pytest.mark.slow  # a compiler runs for every model
 @pytest.mark.timeout(1200)
-@conformance("slimkit-aoti", only=["backend:*"])
+@conformance(
+    "slimkit-aoti",
+    only=["backend:*"],
+    expected_failures={
+        "backend:aoti-runs_attention_networks_in_int8": "only convolutions compute on integers",
+    },
+)
 def test_the_backend_keeps_its_promises(check):
     check()
