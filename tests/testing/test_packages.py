@@ -55,6 +55,7 @@ def test_known_packages_are_in_this_repository():
     assert names == {folder.name for folder in PACKAGED} - {TEMPLATE.name}
 
 
+@pytest.mark.slow
 def test_the_template_passes_its_own_tests(tmp_path):
     installed(TEMPLATE, tmp_path / "site")
     path = [str(ROOT), str(tmp_path / "site"), str(TEMPLATE / "src")]
