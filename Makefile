@@ -5,7 +5,7 @@ TEST := .venv-test
 ZOO := torchvision==0.28.0 timm==1.0.31 huggingface_hub==2.4.0
 ZOO_PATH := $(TEST)/zoo:../shared/tools
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-alone lint format bench clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -14,11 +14,13 @@ $(DEMO)/.ready: pyproject.toml constraints.txt
 	$(DEMO)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
+PLUGINS := plugins/slimkit-aoti plugins/slimkit-cwd plugins/slimkit-octav plugins/slimkit-openvino plugins/slimkit-ria
+
 # torchvision and timm lie apart, for tests that run architectures in a process of their own: beside
 # a CPU build of torch, torchvision does not import, and torchmetrics imports it where it finds it.
-$(TEST)/.ready: pyproject.toml constraints.txt plugins/slimkit-openvino/pyproject.toml
+$(TEST)/.ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(PYTHON) -m venv $(TEST)
-	$(TEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable plugins/slimkit-openvino
+	$(TEST)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' $(PLUGINS:%=--editable %)
 	$(TEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(TEST)/zoo $(ZOO)
 	@touch $@
 
@@ -30,6 +32,10 @@ test: lint  ## all checks of CI
 
 test-slow: $(TEST)/.ready  ## tests that take minutes
 	$(TEST)/bin/python -m pytest -m slow
+
+test-alone: $(TEST)/.ready  ## the core without any plugin, and each plugin without the others
+	SLIMKIT_PLUGINS= $(TEST)/bin/python -m pytest -m "not slow" tests/testing tests/builtin tests/test_registry.py tests/test_cli.py
+	for p in $(PLUGINS:plugins/slimkit-%=%); do SLIMKIT_PLUGINS=$$p $(TEST)/bin/python -m pytest -m "not slow" plugins/slimkit-$$p/tests || exit 1; done
 
 lint: $(TEST)/.ready  ## style, types and the direction of imports
 	$(TEST)/bin/ruff check

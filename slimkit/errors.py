@@ -55,6 +55,10 @@ class ExportError(SlimkitError):
     """A backend cannot compile or run this model."""
 
 
+class UnavailableError(ExportError):
+    """This machine lacks a runtime or a device that a backend needs; the model is not to blame."""
+
+
 class ArtifactError(SlimkitError):
     """An artifact folder is damaged, incomplete, or does not fit the model."""
 

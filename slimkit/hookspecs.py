@@ -52,7 +52,7 @@ def slimkit_criteria() -> Iterable[Plugin]:
             '''Scores a weight by its absolute value to the fourth power.'''
 
             def score(self, layer):
-                return layer.weight.abs() ** 4
+                return layer.weight.float().abs() ** 4
     """
     raise NotImplementedError
 
@@ -79,15 +79,18 @@ def slimkit_quantizers() -> Iterable[Plugin]:
         class LastBatch(Quantizer):
             '''Covers exactly the values of the last batch it observed.'''
 
+            follows_batches = True
+
             def __init__(self, grid):
                 super().__init__(grid)
                 self.register_buffer("lo", torch.zeros(grid.channels))
                 self.register_buffer("hi", torch.zeros(grid.channels))
 
             def observe(self, x):
-                rows = self.grid.rows(x)
-                self.lo.copy_(rows.amin(1))
-                self.hi.copy_(rows.amax(1))
+                if x.numel():
+                    lo, hi = self.grid.ends(x.detach())
+                    self.lo.copy_(lo)
+                    self.hi.copy_(hi)
 
             def qparams(self):
                 return self.grid.qparams(self.lo, self.hi)

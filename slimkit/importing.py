@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slimkit.errors import ExportError, SlimkitError, did_you_mean
+from slimkit.errors import SlimkitError, UnavailableError, did_you_mean
 
 T = TypeVar("T")
 
@@ -63,11 +63,11 @@ def required(module: str, backend: str, distribution: str | None = None) -> Any:
         distribution: what to install, where that is called otherwise.
 
     Raises:
-        ExportError: it is not installed.
+        UnavailableError: it is not installed.
     """
     try:
         return import_module(module)
     except ImportError as error:
-        raise ExportError(
+        raise UnavailableError(
             f"the {backend} backend needs {module}: pip install {distribution or module}"
         ) from error

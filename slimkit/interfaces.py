@@ -108,13 +108,19 @@ class Quantizer(nn.Module, ABC):
         grid: the integers to round to; ``grid.channels`` is the number of scales.
     """
 
+    follows_batches: ClassVar[bool] = False
+    """Whether the size and order of the batches may change the range, as in a moving average."""
+
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.grid = grid
 
     @abstractmethod
     def observe(self, x: Tensor) -> None:
-        """Take one tensor of any shape into account (per channel: along ``grid.axis``)."""
+        """Take one tensor of any shape into account (per channel: along ``grid.axis``).
+
+        One without values changes nothing.
+        """
 
     @abstractmethod
     def qparams(self) -> tuple[Tensor, Tensor]:
@@ -131,10 +137,17 @@ class Quantizer(nn.Module, ABC):
 class DistillationLoss(nn.Module):
     """Measures how far the student is from the teacher."""
 
+    when_equal: ClassVar[Literal["zero", "least", "any"]] = "zero"
+    """What it is where the student equals the teacher: zero, its least value, or neither."""
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """A scalar, at least 0, averaged over the batch (dimension 0).
 
-        Gradients must reach `student`; `teacher` arrives detached.
+        Gradients must reach `student`; `teacher` arrives detached. While channels are pruned,
+        those of `student` may be masked: all zero.
+
+        Raises:
+            ValueError: the loss does not take tensors of these shapes.
         """
         raise NotImplementedError
 

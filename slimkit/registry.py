@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -39,8 +40,15 @@ _BASES = {
 }
 kinds = tuple(_HOOKS)
 
+SLOW_S = 0.25  # a package that takes longer to be listed is named
+
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def is_name(text: str) -> bool:
+    """Whether a plugin may be called that: kebab-case."""
+    return _NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,22 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class Slow:
+    """An entry point that works but takes long to be listed, at every command."""
+
+    package: str
+    version: str
+    entry_point: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.package} {self.version} (entry point {self.entry_point!r}): takes "
+            f"{self.seconds:.1f} s to be listed; it should import plugins only when they are used"
+        )
+
+
+@dataclass(frozen=True)
 class Registry:
     """What is installed.
 
@@ -79,19 +103,46 @@ class Registry:
         plugins: everything that works, built-ins first.
         broken: third parties that do not.
         left_out: entry-point names that SLIMKIT_PLUGINS excludes.
+        slow: packages that make every command wait.
     """
 
     plugins: tuple[Listed, ...]
     broken: tuple[Broken, ...] = ()
     left_out: tuple[str, ...] = ()
+    slow: tuple[Slow, ...] = ()
 
     def find(self, kind: str, name: str) -> Listed:
-        """The plugin called `name`; raises `PluginError` with the nearest name if there is none."""
+        """The plugin called `name`.
+
+        Raises:
+            PluginError: there is none; with the package that has it, or the nearest name.
+        """
         known = {plugin.name: plugin for plugin in self.plugins if plugin.kind == kind}
         if name in known:
             return known[name]
-        message = f"no {kind} is called {name!r}{did_you_mean(name, known)}"
-        raise PluginError("\n  ".join([message, *self.absent()]))
+        owner = self.owner(kind, name)
+        hint = f"; {owner}" if owner else did_you_mean(name, known)
+        raise PluginError("\n  ".join([f"no {kind} is called {name!r}{hint}", *self.absent()]))
+
+    def name_of(self, kind: str, plugin: object) -> str:
+        """What the class of an instance is called; ``package.module:Class`` if nobody lists it."""
+        target = f"{type(plugin).__module__}:{type(plugin).__qualname__}"
+        names = (p.name for p in self.plugins if (p.kind, p.target) == (kind, target))
+        return next(names, target)
+
+    def owner(self, kind: str, name: str) -> str | None:
+        """Which package has a plugin that is not in use, and why; None where nobody knows."""
+        from slimkit.known import PACKAGES, claims
+
+        broken = {(b.package, b.entry_point) for b in self.broken}
+        for package, point in _entry_points([]):
+            out, amiss = point.name in self.left_out, (package.name, point.name) in broken
+            if (out or amiss) and claims(point, _HOOKS[kind], name):
+                why = "is broken" if amiss else "SLIMKIT_PLUGINS leaves it out"
+                return f"{package.name} {package.version} has it, but {why}"
+        if name in PACKAGES[kind]:
+            return f"{PACKAGES[kind][name]} has it: pip install {PACKAGES[kind][name]}"
+        return None
 
     def absent(self) -> list[str]:
         """One line for each package that is installed but gives nothing, with the reason."""
@@ -149,11 +200,35 @@ def blame(plugin: Listed, doing: str) -> Iterator[None]:
         raise PluginError(f"{plugin} failed while {doing}: {_told(error)}") from error
 
 
+@contextlib.contextmanager
+def blame_for(kind: str, plugin: object, doing: str) -> Iterator[None]:
+    """`blame` for an instance; what no package registers, and a full disk, pass unchanged.
+
+    Args:
+        kind: of the plugin.
+        plugin: whose method is called inside.
+        doing: such as ``scoring layer1.0.conv1.weight``.
+    """
+    try:
+        yield
+    except (SlimkitError, OSError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        registry = discover()
+        name = registry.name_of(kind, plugin)
+        if ":" in name:
+            raise
+        owner = registry.find(kind, name)
+        raise PluginError(f"{owner} failed while {doing}: {_told(error)}") from error
+
+
 @cache
 def discover() -> Registry:
     """Everything that is installed; runs the hooks of every package once a process."""
-    own = [_listed(kind, r, GROUP, version(GROUP)) for kind, r in _records(import_module(BUILTIN))]
-    found, broken, left_out = _third_parties()
+    own = [
+        _listed(kind, r, GROUP, version(GROUP)) for kind, r in records_of(import_module(BUILTIN))
+    ]
+    found, broken, left_out, slow = _third_parties()
     claims: dict[tuple[str, str], list[Listed]] = {}
     for plugin in [*own, *(plugin for plugin, _ in found)]:
         claims.setdefault((plugin.kind, plugin.name), []).append(plugin)
@@ -168,7 +243,7 @@ def discover() -> Registry:
                     plugin.package, plugin.version, entry_point, _clash(owners, owners[0] in own)
                 )
             )
-    return Registry(tuple(working), tuple(broken), tuple(left_out))
+    return Registry(tuple(working), tuple(broken), tuple(left_out), tuple(slow))
 
 
 def _clash(owners: list[Listed], builtin_wins: bool) -> str:
@@ -180,34 +255,39 @@ def _clash(owners: list[Listed], builtin_wins: bool) -> str:
     return f"{claimed}; uninstall one, or leave one out with SLIMKIT_PLUGINS"
 
 
-def _third_parties() -> tuple[list[tuple[Listed, str]], list[Broken], list[str]]:
-    """Plugins with their entry point's name, what is broken, and what SLIMKIT_PLUGINS excludes."""
+def _third_parties() -> tuple[list[tuple[Listed, str]], list[Broken], list[str], list[Slow]]:
+    """Plugins with their entry point's name; what is broken, left out by SLIMKIT_PLUGINS, slow."""
     only = os.environ.get("SLIMKIT_PLUGINS")
     wanted = None if only is None else {name.strip() for name in only.split(",")}
     found: list[tuple[Listed, str]] = []
     broken: list[Broken] = []
     left_out: list[str] = []
+    slow: list[Slow] = []
     for package, entry_point in _entry_points(broken):
         source = (package.name, package.version, entry_point.name)
         if wanted is not None and entry_point.name not in wanted:
             left_out.append(entry_point.name)
             continue
+        start = time.perf_counter()
         try:
             # What a package prints while it is imported must not end up in our --json output.
             with contextlib.redirect_stdout(sys.stderr):
-                records = _records(entry_point.load())
+                records = records_of(entry_point.load())
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a package may even raise SystemExit at import
             broken.append(Broken(*source, _told(error)))
             continue
+        taken = time.perf_counter() - start
+        if taken > SLOW_S:
+            slow.append(Slow(*source, taken))
         for kind, record in records:
             flaw = _flaw(kind, record)
             if flaw:
                 broken.append(Broken(*source, flaw))
             else:
                 found.append((_listed(kind, record, *source[:2]), entry_point.name))
-    return found, broken, left_out
+    return found, broken, left_out, slow
 
 
 def _entry_points(broken: list[Broken]) -> Iterator[tuple[Distribution, EntryPoint]]:
@@ -227,7 +307,7 @@ def _entry_points(broken: list[Broken]) -> Iterator[tuple[Distribution, EntryPoi
             yield from ((package, point) for point in sorted(mine, key=lambda point: point.name))
 
 
-def _records(source: object) -> list[tuple[str, Any]]:
+def records_of(source: object) -> list[tuple[str, Any]]:
     """What the hooks of one module yield, with the kind; raises whatever they raise.
 
     One manager for each source: a failed registration or a raising hook reaches nobody else.
@@ -260,7 +340,7 @@ def _flaw(kind: str, record: object) -> str | None:
     for field in ("name", "target", "summary"):
         if not isinstance(getattr(record, field), str):
             return f"{field} of a {kind} is {getattr(record, field)!r}, not a string"
-    if not _NAME.fullmatch(record.name):
+    if not is_name(record.name):
         return f"{kind} name {record.name!r} is not in kebab-case, such as 'my-{kind}'"
     if not _TARGET.fullmatch(record.target):
         return f"target {record.target!r} of {kind} {record.name!r} is not 'package.module:Class'"

@@ -1,10 +1,14 @@
 """Every test starts from the same random numbers, and small networks do not wait for threads."""
 
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import invalidate_caches
+from pathlib import Path
 
 import pytest
 
+collect_ignore = ["broken_plugins"]  # what is imported there fails on purpose
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
 
 
@@ -35,3 +39,41 @@ def measuring_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from slimkit.deploy import memory, release
 
     monkeypatch.setattr(release, "peaks", memory.peaks)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Puts a package with dist-info, entry point and modules on the path, as pip would."""
+    from slimkit import registry
+
+    before = set(sys.modules)
+    monkeypatch.delenv("SLIMKIT_PLUGINS", raising=False)  # `make test-alone` sets it
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(
+        package: str,
+        modules: Mapping[str, str],
+        entry_points: str | None = None,
+        package_version: str = "1.0",
+    ) -> Path:
+        info = tmp_path / f"{package.replace('-', '_')}-{package_version}.dist-info"
+        info.mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: {package_version}\n"
+        (info / "METADATA").write_text(metadata)
+        if entry_points is None:
+            entry_points = f"[slimkit]\n{package.removeprefix('slimkit-')} = {next(iter(modules))}"
+        (info / "entry_points.txt").write_text(entry_points)
+        for name, text in modules.items():
+            path = tmp_path / f"{name.replace('.', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        invalidate_caches()
+        registry.discover.cache_clear()
+        return tmp_path
+
+    registry.discover.cache_clear()
+    yield install
+    registry.discover.cache_clear()
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]

@@ -1,19 +1,23 @@
 """Discovery: built-ins and strangers come in alike, and a broken stranger harms nobody."""
 
+import ast
+import functools
 import inspect
 import json
 import re
 import subprocess
 import sys
 import textwrap
-from importlib import invalidate_caches
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+from surface import signature
 
-from slimkit import hookspecs, registry
+from slimkit import hookspecs, interfaces, known, registry
 from slimkit.errors import PluginError
 from slimkit.grid import Grid
+from slimkit.testing.suite import PROMISES, subjects_of
 
 GOOD = """
 from slimkit.hookspecs import Plugin, hookimpl
@@ -34,36 +38,6 @@ class Stranger(Criterion):
     def score(self, layer):
         return layer.weight.abs() ** self.power
 """
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Puts a package with dist-info, entry point and modules on the path, as pip would."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def install(package, modules, entry_points=None, package_version="1.0"):
-        info = tmp_path / f"{package.replace('-', '_')}-{package_version}.dist-info"
-        info.mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: {package_version}\n"
-        (info / "METADATA").write_text(metadata)
-        if entry_points is None:
-            entry_points = f"[slimkit]\n{package.removeprefix('slimkit-')} = {next(iter(modules))}"
-        (info / "entry_points.txt").write_text(entry_points)
-        for name, text in modules.items():
-            path = tmp_path / f"{name.replace('.', '/')}.py"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        invalidate_caches()
-        registry.discover.cache_clear()
-        return tmp_path
-
-    registry.discover.cache_clear()
-    yield install
-    registry.discover.cache_clear()
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def good(name="stranger", target="stranger_criterion:Stranger"):
@@ -207,7 +181,11 @@ def test_of_two_versions_only_the_one_that_python_imports_counts(install, tmp_pa
 
 @pytest.mark.parametrize(("allowed", "seen"), [("b, c", ["bbb"]), ("", [])])
 def test_the_environment_limits_strangers_but_not_built_ins(install, monkeypatch, allowed, seen):
-    alone = names()
+    alone = [
+        plugin.name
+        for plugin in registry.discover().plugins
+        if plugin.kind == "criterion" and plugin.package == "slimkit"
+    ]
     monkeypatch.setenv("SLIMKIT_PLUGINS", allowed)
     install("slimkit-a", {"a": "raise SystemExit"})
     install("slimkit-b", {"b": good("bbb")})
@@ -323,3 +301,77 @@ def test_the_plugin_in_a_hooks_docstring_works_as_it_stands(install, hook):
     grid = [Grid()] if listed.kind == "quantizer" else []
     made = registry.discover().create(listed.kind, listed.name, {}, *grid)
     assert f"{type(made).__module__}:{type(made).__name__}" == listed.target
+    broken = [
+        str(found)
+        for subject in subjects_of("slimkit-example", {})
+        for promise in PROMISES[subject.kind]
+        if "network" not in promise.name  # takes a minute
+        if (found := promise.broken(subject))
+    ]
+    assert broken == []
+
+
+def test_a_plugin_of_a_known_package_is_named_with_it(monkeypatch):
+    monkeypatch.setitem(known.PACKAGES, "backend", {"faraway": "slimkit-faraway"})
+    with pytest.raises(PluginError) as caught:
+        registry.discover().find("backend", "faraway")
+    message = "no backend is called 'faraway'; slimkit-faraway has it: pip install slimkit-faraway"
+    assert str(caught.value).splitlines()[0] == message
+
+
+def test_a_plugin_of_a_broken_package_is_named_with_it(install):
+    install("slimkit-aaa", {"aaa": "import no_such_module\n" + good("their-criterion")})
+    with pytest.raises(PluginError) as caught:
+        registry.discover().find("criterion", "their-criterion")
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("'their-criterion'; slimkit-aaa 1.0 has it, but is broken")
+    assert "No module named 'no_such_module'" in second
+
+
+def test_a_plugin_of_a_package_that_is_left_out_is_named_with_it(install, monkeypatch):
+    monkeypatch.setenv("SLIMKIT_PLUGINS", "")
+    install("slimkit-aaa", {"aaa": good("theirs")})
+    with pytest.raises(PluginError, match=r"slimkit-aaa 1\.0 has it, but SLIMKIT_PLUGINS leaves"):
+        registry.discover().find("criterion", "theirs")
+    assert "aaa" not in sys.modules
+
+
+def test_a_plugin_of_another_kind_in_a_package_that_is_left_out_is_not_taken_for_it(
+    install, monkeypatch
+):
+    monkeypatch.setenv("SLIMKIT_PLUGINS", "")
+    install("slimkit-aaa", {"aaa": good("theirs")})
+    with pytest.raises(PluginError) as caught:
+        registry.discover().find("loss", "theirs")
+    assert "has it" not in str(caught.value)
+
+
+def test_every_known_package_of_this_repository_has_what_it_is_said_to_have():
+    plugins = Path(__file__).parents[1] / "plugins"
+    for kind, packages in known.PACKAGES.items():
+        for name, package in packages.items():
+            source = plugins / package / "src" / package.replace("-", "_") / "__init__.py"
+            tree = ast.parse(source.read_text())
+            assert name in known.names_in(tree.body, registry._HOOKS[kind])
+
+
+HOOK_AND_METHOD = [
+    *(f"slimkit.hookspecs.{hook}" for hook in HOOKS),
+    *(
+        f"slimkit.interfaces.{base}.{name}"
+        for base in ("Criterion", "Quantizer", "DistillationLoss", "Backend")
+        for name, value in vars(getattr(interfaces, base)).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    ),
+]
+
+
+@pytest.mark.parametrize("path", HOOK_AND_METHOD)
+def test_every_hook_and_interface_method_is_documented_with_its_exact_signature(path):
+    module, *names = path.removeprefix("slimkit.").split(".")
+    found = functools.reduce(getattr, names, {"hookspecs": hookspecs}.get(module, interfaces))
+    doc = inspect.getdoc(found) or ""
+    assert doc.partition("\n\n")[0].endswith("."), doc
+    assert inspect.signature(found).return_annotation is not inspect.Signature.empty
+    line = signature(path.rpartition(".")[2], found)
+    assert line in (Path(__file__).parents[1] / "docs" / "surface.md").read_text()

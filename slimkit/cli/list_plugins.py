@@ -36,8 +36,10 @@ def list_plugins(name: str | None, kind: str | None, as_json: bool, strict: bool
         import json
 
         broken = [vars(b) for b in registry.broken]
+        slow = [vars(s) for s in registry.slow]
         left_out = list(registry.left_out)
-        click.echo(json.dumps({"plugins": shown, "broken": broken, "left_out": left_out}, indent=2))
+        listed = {"plugins": shown, "broken": broken, "left_out": left_out, "slow": slow}
+        click.echo(json.dumps(listed, indent=2))
     elif name:
         for description in shown:
             _show(description)
@@ -46,6 +48,8 @@ def list_plugins(name: str | None, kind: str | None, as_json: bool, strict: bool
     if not as_json:
         for line in registry.absent():
             click.echo(line)
+        for slow_one in registry.slow:
+            click.echo(f"slow: {slow_one}")
     if strict and registry.broken:
         raise SystemExit(1)
 
@@ -53,8 +57,10 @@ def list_plugins(name: str | None, kind: str | None, as_json: bool, strict: bool
 def _unknown(registry: Registry, name: str, kind: str | None) -> Exception:
     from slimkit.errors import PluginError, did_you_mean
 
+    owner = next(filter(None, (registry.owner(k, name) for k in ([kind] if kind else kinds))), None)
     known = {p.name for p in registry.plugins if kind in (None, p.kind)}
-    message = f"no {kind or 'plugin'} is called {name!r}{did_you_mean(name, sorted(known))}"
+    hint = f"; {owner}" if owner else did_you_mean(name, sorted(known))
+    message = f"no {kind or 'plugin'} is called {name!r}{hint}"
     return PluginError("\n  ".join([message, *registry.absent()]))
 
 

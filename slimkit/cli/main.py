@@ -21,6 +21,8 @@ COMMANDS = {
     "compare": "slimkit.cli.compare:compare",
     "sensitivity": "slimkit.cli.sensitivity:sensitivity",
     "list-plugins": "slimkit.cli.list_plugins:list_plugins",
+    "schema": "slimkit.cli.schema:schema",
+    "new-plugin": "slimkit.cli.new_plugin:new_plugin",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimkit.copies import copied
-from slimkit.deploy.folder import read_manifest, write_manifest
+from slimkit.deploy.folder import FORMAT, read_manifest, write_manifest
+from slimkit.deploy.provenance import compare_versions, record, used_by
 from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Grid, Scheme
@@ -23,7 +23,6 @@ from slimkit.pruning.removal import remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.quantization.fake import FakeQuantization, Fixed, QuantizedModel
 from slimkit.quantization.sites import Sites
-from slimkit.registry import discover
 
 WEIGHTS, PROGRAM = "weights.safetensors", "model.pt2"
 
@@ -38,7 +37,7 @@ class Contents:
         model: import path and options of the function that builds the dense model, if known.
         program: the finished model as a graph, kept where no such function is known.
         recipe: the recipe as plain data.
-        used: (kind, name) of each plugin used.
+        used: (kind, name) of plugins used beside those that the models themselves tell.
         metrics: whatever was measured, as plain data.
     """
 
@@ -70,20 +69,13 @@ def write(directory: Path, contents: Contents) -> None:
     if contents.program is not None:
         torch.export.save(contents.program, directory / PROGRAM)
     report: PruningReport | None = getattr(contents.network, "slimkit_pruning", None)
-    registry = discover()
-    plugins = []
-    for kind, name in contents.used:
-        plugin = registry.find(kind, name)
-        plugins.append(
-            {"kind": kind, "name": name, "package": plugin.package, "version": plugin.version}
-        )
     write_manifest(
         directory,
         {
-            "format": 1,
+            "format": FORMAT,
             "model": contents.model,
             "recipe": contents.recipe,
-            "plugins": plugins,
+            "plugins": record([*contents.used, *used_by(contents.network, contents.quantized)]),
             "metrics": contents.metrics,
             "pruning": None if report is None else asdict(report),
             "quantization": quantization,
@@ -115,7 +107,7 @@ def load(
     """
     folder = Path(directory)
     content = read_manifest(folder)
-    _compare_versions(content.get("plugins", []))
+    compare_versions(content.get("plugins", []))
     quantization = content["quantization"]
     if backend is not None and backend not in quantization:
         known = ", ".join(quantization) or "no backend"
@@ -207,18 +199,6 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _compare_versions(plugins: list[dict[str, str]]) -> None:
-    known = {(p.kind, p.name): p for p in discover().plugins}
-    for was in plugins:
-        now = known.get((was["kind"], was["name"]))
-        if now is not None and (now.package, now.version) != (was["package"], was["version"]):
-            warnings.warn(
-                f"{was['kind']} {was['name']} was {was['package']} {was['version']} when the "
-                f"artifact was made; here it is {now.package} {now.version}",
-                stacklevel=3,
-            )
-
-
 def _ranges(quantized: QuantizedModel) -> dict[str, Tensor]:
     """Scale and zero point of every quantizer, weights' fitted to the weights as they are."""
     fake = quantized.fake
@@ -266,6 +246,7 @@ def _report_in(saved: Mapping[str, Any]) -> PruningReport:
         kept=kept,
         attributes=saved.get("attributes", {}),
         weights={n: (a, b) for n, (a, b) in saved.get("weights", {}).items()},
+        criteria=tuple(saved.get("criteria", ())),
     )
 
 

@@ -18,6 +18,7 @@ from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, Deployable, Runner, tensors_of
 from slimkit.quantization.exact import exact
 from slimkit.quantization.finished import finish
+from slimkit.registry import blame_for
 
 
 class Deployed:
@@ -79,13 +80,15 @@ def compile_(
     """
     inputs = first_sample(example_inputs)
     deployable = finish(model, inputs)
-    problems = backend.check(deployable)
+    with blame_for("backend", backend, f"checking {type(model).__name__}"):
+        problems = backend.check(deployable)
     if problems:
         name = type(backend).__name__
         raise ExportError("\n  ".join([f"{name} cannot run this model:", *problems]))
     directory.mkdir(parents=True)
     try:
-        backend.compile(deployable, directory)
+        with blame_for("backend", backend, f"compiling {type(model).__name__}"):
+            backend.compile(deployable, directory)
         if not any(directory.iterdir()):
             raise ExportError(f"{type(backend).__name__} wrote no file into {directory}")
         deployed = open_(backend, directory, deployable)

@@ -165,7 +165,7 @@ def export(
             agreement_inputs=together,
         )
         deployable = finish(own, first_sample(inputs))
-        used = [("backend", name)] if isinstance(backend, str) else []
+        used = [("backend", discover().name_of("backend", target))]
         write(
             work,
             Contents(

@@ -15,6 +15,7 @@ from typing import Any
 from slimkit.errors import ArtifactError
 
 MANIFEST = "slimkit.json"
+FORMAT = 1  # of artifacts; raised when an older slimkit could not read the new ones
 
 
 @contextmanager
@@ -98,8 +99,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         version, files = content["format"], dict(content["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); export the model again") from error
-    if version != 1:
-        raise ArtifactError(f"{path} has format {version!r}; this slimkit reads format 1")
+    if version != FORMAT:
+        raise ArtifactError(f"{path} has format {version!r}; this slimkit reads format {FORMAT}")
     for name, expected in files.items():
         file = directory / name
         if not file.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -376,6 +377,10 @@ def prune(
             cut_to_target_(small, selector, scores, aim, inputs)
         if data is not None:
             reestimate_(small, data, batchnorm_batches)
+    earlier = getattr(model, "slimkit_pruning", None)
+    criteria = (*(earlier.criteria if earlier else ()), discover().name_of("criterion", chosen))
+    report: PruningReport = small.slimkit_pruning  # type: ignore[assignment]
+    small.slimkit_pruning = replace(report, criteria=criteria)  # type: ignore[assignment]
     return small
 
 

@@ -21,6 +21,7 @@ class PruningReport:
         kept: the positions that remain in each tensor of the model as its function builds it.
         attributes: whole numbers in the user's modules that follow the sizes (``num_heads``).
         weights: parameter name to (its weights, those that live) where single weights are zero.
+        criteria: what `slimkit.prune` scored the channels by, as a recipe names it.
     """
 
     groups: dict[str, tuple[int, int, list[str]]]
@@ -31,6 +32,7 @@ class PruningReport:
     kept: Kept = field(repr=False)
     attributes: Attributes = field(default_factory=dict)
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
+    criteria: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the kept positions."""

@@ -19,6 +19,7 @@ from slimkit.interfaces import Criterion, Layer
 from slimkit.progress import track
 from slimkit.pruning.coupling import Coupling, Member
 from slimkit.pruning.statistics import MEASURED, Measured, measure
+from slimkit.registry import blame_for
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Takes the model and one batch, gives the scalar to differentiate."""
@@ -149,7 +150,8 @@ def score_of(
     )
     if any(getattr(layer, field) is None for field in criterion.needs):
         return None
-    return turned.back(criterion.score(layer), shown)
+    with blame_for("criterion", criterion, f"scoring {name}"):
+        return turned.back(criterion.score(layer), shown)
 
 
 @dataclass(frozen=True)

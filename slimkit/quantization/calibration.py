@@ -54,8 +54,7 @@ def calibrate_(
     try:
         for batch in track(islice(batches, count), "calibrating", count):
             inputs = inputs_of(batch, model)
-            if not finite(inputs):
-                raise QuantizationError(f"calibration batch {used} holds NaN or infinity")
+            _check(inputs, used)
             with evaluating(model), _running(used, inputs), fake.active(model):
                 model(*inputs)
             used += 1
@@ -71,6 +70,14 @@ def calibrate_(
                 f"{name} after calibration"
             )
     fake.state = "quantize"
+
+
+def _check(inputs: tuple[Any, ...], number: int) -> None:
+    """Refuse a batch that no range can be found on."""
+    if not any(t.numel() for t in tensors_of(inputs)):
+        raise QuantizationError(f"calibration batch {number} holds no sample")
+    if not finite(inputs):
+        raise QuantizationError(f"calibration batch {number} holds NaN or infinity")
 
 
 @contextmanager
@@ -147,8 +154,7 @@ def quantize(
     if first is None:
         raise QuantizationError("the calibration data is empty: it gave no batch")
     inputs = inputs_of(first, own)
-    if not finite(inputs):
-        raise QuantizationError("calibration batch 0 holds NaN or infinity")
+    _check(inputs, 0)
     with _running(0, inputs):
         fake = FakeQuantization.of(
             own,

@@ -14,6 +14,7 @@ from slimkit.errors import QuantizationError
 from slimkit.interfaces import Grid, Quantizer, Scheme
 from slimkit.quantization.mode import SiteMode
 from slimkit.quantization.sites import Sites, find_sites
+from slimkit.registry import blame_for
 
 Maker = Callable[[Grid], Quantizer]
 State = Literal["float", "observe", "quantize"]
@@ -126,8 +127,9 @@ class FakeQuantization(nn.Module):
 
     def weight(self, name: str, weight: Tensor) -> Tensor:
         """Fake-quantize a weight over its present range, or over its learned one."""
-        self.fit_weight_(name, weight)
-        return self[name](weight)
+        with blame_for("quantizer", self[name], f"rounding {name}"):
+            self.fit_weight_(name, weight)
+            return self[name](weight)
 
     @torch.no_grad()
     def fit_weight_(self, name: str, weight: Tensor) -> None:
@@ -212,12 +214,14 @@ class _FakeMode(SiteMode):
     def round(self, quantizer: str, x: Tensor) -> Tensor:
         if self.rounds:
             only = self.fake.only
-            if self.follows:
-                self.fake[quantizer].observe(x.detach())
-            return self.fake[quantizer](x) if only is None or quantizer in only else x
+            with blame_for("quantizer", self.fake[quantizer], f"rounding {quantizer}"):
+                if self.follows:
+                    self.fake[quantizer].observe(x.detach())
+                return self.fake[quantizer](x) if only is None or quantizer in only else x
         if x.numel() and not torch.isfinite(torch.stack(x.detach().aminmax())).all():
             raise QuantizationError(f"at {quantizer} the model gives NaN or infinity in float")
-        self.fake[quantizer].observe(x.detach())
+        with blame_for("quantizer", self.fake[quantizer], f"observing {quantizer}"):
+            self.fake[quantizer].observe(x.detach())
         return x
 
     def has_constants(self, call: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from slimkit.report.table import cells, footnote, headings, unmeasured
 
 
-def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
+def write_report(
+    path: Path,
+    metrics: Mapping[str, Any],
+    recipe: str,
+    plugins: Sequence[Mapping[str, str | None]] = (),
+) -> None:
     """Write the page.
 
     Args:
         path: the file.
         metrics: what the artifact's manifest holds under ``metrics``.
         recipe: the recipe as YAML, shown at the end.
+        plugins: kind, name, package and version of each plugin used.
     """
     environment = Environment(
         loader=PackageLoader("slimkit.report"),
@@ -36,6 +42,7 @@ def write_report(path: Path, metrics: Mapping[str, Any], recipe: str) -> None:
         unmeasured=unmeasured(metrics["rows"]),
         metrics=metrics,
         recipe=recipe,
+        plugins=plugins,
         bars=_bars(metrics["rows"]),
         channels=_channels(metrics["pruning"]),
         operators=[

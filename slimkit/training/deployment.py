@@ -17,6 +17,7 @@ from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.folder import check_target, move, replacing
 from slimkit.deploy.gates import missed
+from slimkit.deploy.provenance import record, used_by
 from slimkit.deploy.release import Row, release
 from slimkit.deploy.verdict import verdicts
 from slimkit.errors import GateError, SlimkitError
@@ -316,13 +317,14 @@ def _write(
         "corrections": {name: plain(made.corrections) for name, made in quantized.items()},
         "pruning": None if report is None else {"groups": report.groups, "frozen": report.frozen},
     }
-    write_report(work / "report.html", metrics, recipe.to_yaml())
+    used += used_by(network, quantized)
+    write_report(work / "report.html", metrics, recipe.to_yaml(), record(used))
     contents = Contents(
         network,
         quantized,
         model=None if recipe.model is None else recipe.model.model_dump(),
         recipe=recipe.model_dump(mode="json"),
-        used=list(dict.fromkeys(used)),
+        used=used,
         metrics=metrics,
     )
     write(work, contents)

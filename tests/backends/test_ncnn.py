@@ -256,6 +256,19 @@ def test_token_ids_and_linear_layers_without_any_convolution(tmp_path: Path) -> 
     assert Ncnn().operators(tmp_path)["InnerProduct int8"] == 1
 
 
+@pytest.mark.parametrize("first", [nn.LayerNorm(16), nn.ReLU()])
+def test_a_first_layer_that_computes_in_place_neither_crashes_nor_changes_the_input(
+    first: nn.Module, tmp_path: Path
+) -> None:
+    net, x = nn.Sequential(first, nn.Linear(16, 4)).eval(), normal(1, 6, 16)
+    deployed = deployable(net, x)
+    compiled(deployed, tmp_path)
+    given = x.clone()
+    (out,) = Ncnn().load(tmp_path)(given)
+    assert torch.equal(given, x)
+    assert sqnr(net(x).detach(), out) > 40
+
+
 def test_one_tensor_may_be_rounded_for_several_layers(tmp_path: Path) -> None:
     net, x = Fork(), normal(1, 3, 8, 8)
     net.b[0].hi = 20.0

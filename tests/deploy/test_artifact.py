@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from torch import nn
 
 import slimkit
 from slimkit.errors import ArtifactError, ExportError, SlimkitError
+from slimkit.interfaces import Criterion
+from slimkit.registry import discover
 
 X = normal(6, 3, 8, 8, seed=3)
 BACKENDS = ["torch", "onnxruntime", "ncnn"]
@@ -197,6 +200,50 @@ def test_weights_that_are_no_safetensors_are_named_even_with_the_right_hash(
     (folder / "slimkit.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match=r"weights\.safetensors cannot be read"):
         slimkit.load(folder, residual_net)
+
+
+class Theirs(Criterion):
+    """A criterion that no package registers."""
+
+    def score(self, layer):
+        return layer.weight.abs()
+
+
+def plugins_in(folder: Path) -> dict[tuple[str, str], tuple[str | None, str | None]]:
+    recorded = json.loads((folder / "slimkit.json").read_text())["plugins"]
+    return {(p["kind"], p["name"]): (p["package"], p["version"]) for p in recorded}
+
+
+def test_every_plugin_is_recorded_with_package_and_version(exported) -> None:
+    ours = ("slimkit", version("slimkit"))
+    assert plugins_in(exported[0].directory) == {
+        ("backend", "torch"): ours,
+        ("criterion", "l1"): ours,
+        ("quantizer", "minmax"): ours,
+        ("quantizer", "percentile"): ours,
+    }
+
+
+def test_saving_again_what_was_loaded_keeps_the_record(exported, tmp_path: Path) -> None:
+    loaded = slimkit.load(exported[0].directory, residual_net)
+    kinds = {kind for kind, _ in plugins_in(slimkit.save(loaded, tmp_path / "again"))}
+    assert kinds == {"criterion", "quantizer"}
+
+
+def test_instances_are_recorded_by_name_or_by_class(tmp_path: Path) -> None:
+    once = slimkit.prune(residual_net(), X, Theirs(), target={"flops": 0.7})
+    twice = slimkit.prune(once, X, "taylor", target={"flops": 0.8}, data=[(X, torch.arange(6) % 4)])
+    backend = discover().create("backend", "torch")
+    artifact = slimkit.export(twice, X, backend, directory=tmp_path / "small")
+    assert plugins_in(artifact.directory) == {
+        ("backend", "torch"): ("slimkit", version("slimkit")),
+        ("criterion", f"{__name__}:Theirs"): (None, None),
+        ("criterion", "taylor"): ("slimkit", version("slimkit")),
+    }
+    assert slimkit.load(artifact.directory, residual_net).slimkit_pruning.criteria == (
+        f"{__name__}:Theirs",
+        "taylor",
+    )
 
 
 def test_another_version_of_a_plugin_is_a_warning(exported, tmp_path: Path) -> None:

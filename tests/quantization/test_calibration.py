@@ -29,6 +29,12 @@ def test_an_iterator_that_gives_its_batches_once_is_enough() -> None:
     assert scales(quantize(net(), iter(batches))) == scales(quantize(net(), batches))
 
 
+@pytest.mark.parametrize("batches", [[(0, 6)], [(4, 6), (0, 6)]], ids=["first", "later"])
+def test_a_batch_without_a_sample_is_refused(batches: list[tuple[int, ...]]) -> None:
+    with pytest.raises(QuantizationError, match=f"batch {len(batches) - 1} holds no sample"):
+        quantize(net(), [torch.zeros(shape) for shape in batches])
+
+
 def test_no_more_batches_are_taken_than_asked_for() -> None:
     taken = []
     quantize(net(), (taken.append(n) or normal(4, 6) for n in range(10)), batches=3)

@@ -85,7 +85,9 @@ def test_the_page_is_written_of_old_and_new_rows(tmp_path, row) -> None:
         "missed": [],
         "pruning": None,
     }
-    write_report(tmp_path / "report.html", metrics, "model: x\n")
+    plugin = {"kind": "loss", "name": "far", "package": "slimkit-faraway", "version": "4.5"}
+    write_report(tmp_path / "report.html", metrics, "model: x\n", [plugin])
     page = (tmp_path / "report.html").read_text()
     assert ("Where the time goes" in page) == (row is NEW)
+    assert "<td>far</td><td>slimkit-faraway</td><td>4.5</td>" in page
     assert ("Conv 1.500 (75 %)" in page) == (row is NEW)

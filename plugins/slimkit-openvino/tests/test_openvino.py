@@ -369,3 +369,13 @@ def test_nothing_is_printed(
     OpenVino().load(tmp_path)(made.inputs[0][:1])
     OpenVino().operators(tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+class Spectrum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft(x).abs()
+
+
+def test_a_model_that_openvino_misreads_is_refused_before_it_runs():
+    (problem,) = OpenVino().check(finish(Spectrum(), (normal(1, 3, 14),)))
+    assert "and the model (1, 3, 8): it has misread an operation" in problem

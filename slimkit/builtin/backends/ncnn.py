@@ -91,7 +91,9 @@ class Ncnn(Backend):
             if len(tensors) != len(inputs):
                 raise ExportError(f"{PARAM} takes {len(inputs)} inputs, {len(tensors)} were given")
             arrays = [_array(tensor) for tensor in tensors]
-            mats = [ncnn.Mat(array) for array in arrays]  # must live until all is extracted
+            # Must live until all is extracted. Copies: ncnn's layers compute in place, and those
+            # that do so on memory that is not ncnn's own crash (LayerNorm) or overwrite the input.
+            mats = [ncnn.Mat(array).clone() for array in arrays]
             extractor = net.create_extractor()
             for name, mat in zip(inputs, mats, strict=True):
                 extractor.input(name, mat)

@@ -20,6 +20,6 @@ class Hessian(Criterion):
     needs: ClassVar[frozenset[str]] = frozenset({"fisher"})
 
     def score(self, layer: Layer) -> Tensor:
-        """Fisher information * weight squared / 2, same shape as the weight."""
+        """Fisher information * weight squared / 2, in float32: half precision would give zero."""
         assert layer.fisher is not None
-        return layer.fisher * layer.weight.square() / 2
+        return layer.fisher.float() * layer.weight.float().square() / 2

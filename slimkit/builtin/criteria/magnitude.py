@@ -26,5 +26,5 @@ class L2(Criterion):
     """
 
     def score(self, layer: Layer) -> Tensor:
-        """Squared weight, same shape as the weight."""
-        return layer.weight.square()
+        """Squared weight in float32, same shape as the weight."""
+        return layer.weight.float().square()

@@ -19,6 +19,6 @@ class Taylor(Criterion):
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
     def score(self, layer: Layer) -> Tensor:
-        """(gradient * weight) squared, same shape as the weight."""
+        """(gradient * weight) squared, in float32: half precision would make it zero."""
         assert layer.gradient is not None
-        return (layer.gradient * layer.weight).square()
+        return (layer.gradient.float() * layer.weight.float()).square()

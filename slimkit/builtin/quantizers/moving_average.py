@@ -23,6 +23,8 @@ class MovingAverage(MinMax):
             the last batch alone.
     """
 
+    follows_batches = True
+
     batches: Tensor
 
     def __init__(self, grid: Grid, *, momentum: float = 0.9) -> None:

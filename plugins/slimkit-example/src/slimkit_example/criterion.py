@@ -20,5 +20,5 @@ class FourthPower(Criterion):
         self.power = power
 
     def score(self, layer: Layer) -> Tensor:
-        """Absolute weight to the power, same shape as the weight."""
-        return layer.weight.abs() ** self.power
+        """Absolute weight to the power, in float32, same shape as the weight."""
+        return layer.weight.float().abs() ** self.power

@@ -11,6 +11,8 @@ from slimkit.interfaces import Grid, Quantizer
 class LastBatch(Quantizer):
     """Covers exactly the values of the last batch that it observed."""
 
+    follows_batches = True
+
     lo: Tensor
     hi: Tensor
 
@@ -20,10 +22,11 @@ class LastBatch(Quantizer):
         self.register_buffer("hi", torch.zeros(grid.channels))
 
     def observe(self, x: Tensor) -> None:
-        """Remember the smallest and the largest value of `x`."""
-        rows = self.grid.rows(x)
-        self.lo.copy_(rows.amin(1))
-        self.hi.copy_(rows.amax(1))
+        """Remember the smallest and the largest value of `x`; without any, change nothing."""
+        if x.numel():
+            lo, hi = self.grid.ends(x.detach())
+            self.lo.copy_(lo)
+            self.hi.copy_(hi)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of that range."""

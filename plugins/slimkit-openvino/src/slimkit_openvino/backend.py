@@ -88,7 +88,7 @@ class OpenVino(Backend):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             model = convert(deployable, _core(), folder)
-            self._prepare(model, "this model")
+            _compare_shapes(self._prepare(model, "this model"), deployable)
             try:
                 _openvino().save_model(model, folder / XML, compress_to_fp16=False)
             except RuntimeError as error:
@@ -169,6 +169,21 @@ class OpenVino(Backend):
             return core.compile_model(model, "CPU", config)
         except RuntimeError as error:
             raise ExportError(f"OpenVINO cannot compile {name}: {reason(error)}") from error
+
+
+def _compare_shapes(compiled: Any, deployable: Deployable) -> None:
+    """Refuse a model that OpenVINO has misread: running it may end the process."""
+    nodes = deployable.program.graph_module.graph.output_node().args[0]
+    values = (node.meta["val"] for node in nodes if hasattr(node, "meta"))
+    expected = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
+    found = [output.get_partial_shape() for output in compiled.outputs]
+    for number, (shape, given) in enumerate(zip(expected, found, strict=False)):
+        if given.is_static and tuple(given.to_shape()) != shape:
+            raise ExportError(
+                f"OpenVINO gives output {number} the shape {tuple(given.to_shape())}, and the "
+                f"model {shape}: it has misread an operation, such as a Fourier transform; "
+                "replace that in the model, or cut it off and compute it outside"
+            )
 
 
 @cache

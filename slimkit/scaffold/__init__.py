@@ -1,0 +1,1 @@
+"""Writes new plugin packages from templates; `slimkit new-plugin` calls it."""

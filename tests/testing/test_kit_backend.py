@@ -1,0 +1,197 @@
+"""Every promise of a backend is broken by a plugin that breaks only this one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from breaking import broken_by, subject_of
+
+from slimkit.builtin.backends.reference import FILE, Reference
+from slimkit.errors import ExportError, UnavailableError
+from slimkit.testing import Check
+from slimkit.testing.backend import BACKEND
+
+NETWORKS = ("convolutional", "residual", "attention", "detection")
+FLOAT = {f"runs_{network}_networks_in_float" for network in NETWORKS}
+INT8 = {f"runs_{network}_networks_in_int8" for network in NETWORKS}
+
+
+class Unprepared(Reference):
+    """Offers a variant whose option the constructor does not have."""
+
+    float_variants = {"bf16": {"precision": "bf16"}}
+
+
+class Silencing(Reference):
+    """Sets small weights of the program to zero once it is saved."""
+
+    def compile(self, deployable, directory):
+        super().compile(deployable, directory)
+        for tensor in deployable.program.constants.values():
+            if tensor.is_floating_point():
+                tensor[tensor.abs() < 0.05] = 0
+        for tensor in deployable.program.state_dict.values():
+            if tensor.is_floating_point():
+                tensor.data[tensor.abs() < 0.05] = 0
+
+
+class Remembering(Reference):
+    """Keeps the program in the process and writes nothing but its number."""
+
+    programs = []
+
+    def compile(self, deployable, directory):
+        (directory / FILE).write_text(str(len(self.programs)))
+        self.programs.append(deployable.program)
+
+    def load(self, directory, threads=1):
+        module = self.programs[int((directory / FILE).read_text())].module()
+        return lambda *inputs: torch.utils._pytree.tree_leaves(module(*inputs))
+
+    def operators(self, directory):
+        return {}
+
+
+class Faulty(Reference):
+    """Is wrong by a tenth, in float."""
+
+    quantized = False
+
+    def compile(self, deployable, directory):
+        super().compile(deployable, directory)
+        if deployable.quantized == self.quantized:
+            (directory / "wrong").touch()
+
+    def load(self, directory, threads=1):
+        run = super().load(directory, threads)
+        factor = 1.1 if (directory / "wrong").exists() else 1.0
+        return lambda *inputs: [factor * out for out in run(*inputs)]
+
+
+class FaultyInInt8(Faulty):
+    """Is wrong by a tenth, in int8."""
+
+    quantized = True
+
+
+class Blurring(Reference):
+    """Each sample leaves a trace in the next one."""
+
+    def load(self, directory, threads=1):
+        run, last = super().load(directory, threads), [0.0]
+
+        def blurred(*inputs):
+            outs = [out + 1e-4 * last[0] for out in run(*inputs)]
+            last[0] = float(inputs[0].abs().mean())
+            return outs
+
+        return blurred
+
+
+class Optimistic(Reference):
+    """Accepts what it does not compile."""
+
+    def compile(self, deployable, directory):
+        if "sort" in deployable.program.graph_module.code:
+            raise ExportError("cannot sort")
+        super().compile(deployable, directory)
+
+
+class Speechless(Reference):
+    """Refuses without a reason."""
+
+    def check(self, deployable):
+        return [""] if "sort" in deployable.program.graph_module.code else []
+
+
+class Confusing(Reference):
+    """Compiles what it checked last."""
+
+    def check(self, deployable):
+        self.checked = deployable
+        return []
+
+    def compile(self, deployable, directory):
+        super().compile(getattr(self, "checked", deployable), directory)
+
+
+class Lazy(Reference):
+    """Opens the file when it is first run."""
+
+    def load(self, directory, threads=1):
+        return lambda *inputs: Reference.load(self, directory, threads)(*inputs)
+
+
+class Littering(Reference):
+    """Writes a log into the working directory."""
+
+    def compile(self, deployable, directory):
+        super().compile(deployable, directory)
+        Path("compile.log").write_text("done")
+
+
+class Misnaming(Reference):
+    """Times operators that it does not count."""
+
+    def profile(self, directory, inputs):
+        return {"conv": 1.0}
+
+
+MUTANTS = {
+    Unprepared: {"scheme_is_complete"},
+    Silencing: {"the_model_is_not_changed", "two_artifacts_at_once"},
+    Remembering: {"runs_in_a_fresh_process"},
+    Faulty: {*FLOAT, "preflight_tells_the_truth"},
+    FaultyInInt8: INT8,
+    Blurring: {"samples_do_not_meet", "two_artifacts_at_once"},
+    Optimistic: {"preflight_tells_the_truth"},
+    Speechless: {"preflight_tells_the_truth"},
+    Confusing: {"two_artifacts_at_once"},
+    Lazy: {"an_open_file_outlives_its_folder"},
+    Littering: {"writes_into_its_folder_only"},
+    Misnaming: {"operators_and_times_fit"},
+}
+"""The first of several is what the others follow from: changed weights, wrong outputs."""
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """A fresh process finds the mutants, and what is written lies in a temporary folder."""
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_backend_breaks_the_promises_that_it_should(mutant):
+    promises = [p for p in BACKEND if p.name in MUTANTS[mutant]]
+    assert broken_by(promises, subject_of("backend", mutant)) == MUTANTS[mutant]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_backend_breaks_no_other_promise(mutant):
+    assert broken_by(BACKEND, subject_of("backend", mutant)) == MUTANTS[mutant]
+
+
+def test_every_promise_has_a_mutant():
+    assert {promise.name for promise in BACKEND} == set().union(*MUTANTS.values())
+
+
+def test_a_missing_runtime_skips_with_its_reason():
+    class Elsewhere(Reference):
+        """Runs on other machines."""
+
+        def compile(self, deployable, directory):
+            raise UnavailableError("the elsewhere backend needs a board: plug it in")
+
+    promise = next(p for p in BACKEND if p.name == "an_open_file_outlives_its_folder")
+    with pytest.raises(pytest.skip.Exception, match="needs a board: plug it in"):
+        Check(subject_of("backend", Elsewhere), promise)()
+
+
+def test_a_failure_names_the_network_and_what_came():
+    promise = next(p for p in BACKEND if p.name == "runs_residual_networks_in_float")
+    told = str(promise.broken(subject_of("backend", Faulty)))
+    assert "came      signal to difference of 20.0 dB, less than 40 dB" in told
+    assert "case      residual network (slimkit.testing.networks.Residual), in float" in told
