@@ -111,9 +111,9 @@ def test_prune_takes_the_options_of_the_recipe_under_the_same_names():
 
 
 def test_a_loss_is_between_the_student_and_the_teachers_place():
-    assert [loss.places for loss in Recipe.parse(FULL).distill.losses] == [
-        ("output", "output"),
-        ("layer3", "layer4"),
+    assert [loss.sides for loss in Recipe.parse(FULL).distill.losses] == [
+        (("output",), ("output",)),
+        (("layer3",), ("layer4",)),
     ]
 
 
