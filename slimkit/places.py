@@ -1,7 +1,8 @@
 """Where a tensor is taken: the path of a module, and the way into what the module gives.
 
 ``layer3`` is what that module gives; ``output`` what the whole model gives. Of an output that is no
-tensor, a further path takes a part: ``output.logits``, ``head.cls[0]``, ``backbone["c3"]``.
+tensor, brackets take a part: ``head.cls[0]`` of a tuple or list, ``backbone["c3"]`` of a dict or of
+an object with such an attribute. Behind ``output`` dots do as well: ``output.logits``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _STEP = re.compile(
 
 @dataclass(frozen=True)
 class Step:
-    """One step into a value: ``.key`` may be an attribute or a key; ``[key]`` only the latter."""
+    """One step into a value, as an attribute or a key."""
 
     key: str | int
     dotted: bool = False
@@ -78,14 +79,14 @@ class Place:
 
     @classmethod
     def of(cls, text: str, modules: Collection[str]) -> Place:
-        """The place in a network, where as much of the text as possible names a module.
+        """The place in a network.
 
         Args:
             text: as a recipe writes it.
             modules: the paths of the network's modules.
 
         Raises:
-            SlimkitError: no part of it names a module.
+            SlimkitError: there is no such module.
         """
         steps = parse(text)
         names: list[str] = []
@@ -93,14 +94,12 @@ class Place:
             if not step.dotted:
                 break
             names.append(str(step.key))
-        for n in range(len(names), 0, -1):
-            path = ".".join(names[:n])
-            if path == OUTPUT:
-                return cls(text, "", steps[n:])
-            if path in modules:
-                return cls(text, path, steps[n:])
-        hint = did_you_mean(".".join(names), [*modules, OUTPUT])
-        raise SlimkitError(f"has no module {text!r}{hint}")
+        path = ".".join(names)
+        if names[0] == OUTPUT and (len(names) == 1 or path not in modules):
+            return cls(text, "", steps[1:])
+        if path in modules:
+            return cls(text, path, steps[len(names) :])
+        raise SlimkitError(f"has no module {path!r}{did_you_mean(path, [*modules, OUTPUT])}")
 
     def pick(self, value: Any) -> Any:
         """The part of what the module gave.
@@ -124,12 +123,10 @@ class Place:
 def _inside(value: Any, step: Step) -> Any:
     if isinstance(value, Mapping):
         return value[step.key]
-    if isinstance(step.key, str):
-        if step.dotted:
-            return getattr(value, step.key)
-        raise LookupError(step.key)
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and isinstance(step.key, int):
         return value[step.key]
+    if step.key in _keys(value):
+        return getattr(value, str(step.key))
     raise LookupError(step.key)
 
 
@@ -137,7 +134,10 @@ def _keys(value: Any) -> list[Any]:
     """What may stand behind a value: keys, or names of what an object holds."""
     if isinstance(value, Mapping):
         return [*value]
-    return [*getattr(value, "_fields", getattr(value, "__dict__", {}))]
+    if hasattr(value, "shape"):  # a tensor has no parts to compare
+        return []
+    slots = getattr(value, "__dataclass_fields__", getattr(value, "__dict__", {}))
+    return [*getattr(value, "_fields", slots)]
 
 
 def describe(value: Any) -> str:

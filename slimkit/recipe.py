@@ -148,8 +148,9 @@ class Teacher(_Node):
         description="State dict to load into the teacher; relative to the current folder.",
     )
     weight: Factor = Field(default=1.0, description="Its share among several teachers.")
-    decay: NotAll = Field(
-        default=0.999, description="What the average of ema keeps of itself at a step."
+    decay: NotAll | None = Field(
+        default=None,
+        description="What the average of ema keeps of itself at a step; null: 0.999.",
     )
     learns: bool = Field(
         default=False,
@@ -178,7 +179,7 @@ class Teacher(_Node):
             raise ValueError(f"{self.name} takes no weights; dense and package.module:name do")
         if self.learns and kind in ("ema", "file"):
             raise ValueError(f"{self.name} cannot learn; dense and package.module:name can")
-        if "decay" in self.model_fields_set and kind != "ema" and self.decay != 0.999:
+        if self.decay is not None and kind != "ema":
             raise ValueError(f"{self.name} has no decay; ema has")
         return self
 

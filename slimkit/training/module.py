@@ -20,14 +20,17 @@ from slimkit.pruning.sensitivity import Curve
 from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization
 from slimkit.quantization.sites import Sites
-from slimkit.recipe import Recipe
+from slimkit.recipe import Distill, Recipe
 from slimkit.training.averages import averages_of
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
+from slimkit.training.learning import DistillationCallback
+from slimkit.training.loss_weights import is_constant, weight_at
 from slimkit.training.pruning import ChannelPruning
 from slimkit.training.quantization import QuantizationCallback, scheme_of
 from slimkit.training.sparsity import WeightPruning
+from slimkit.training.timeline import progress
 
 if TYPE_CHECKING:
     from slimkit.training.deployment import Release
@@ -107,7 +110,12 @@ class SlimModule(pl.LightningModule):
         self._dense = (own_copy(self.network).eval(),)
         distill = self.recipe.distill
         active = distill is not None and self.automatic_optimization
-        self._distillation = (Distillation(self.network, distill),) if active and distill else ()
+        self._distillation: tuple[Distillation, ...] = ()
+        if active and distill:
+            distillation = Distillation(
+                self.inner, self.network, distill, self.recipe.optimizer, self._tell
+            )
+            self._distillation = (distillation,)
         self._forward_hooks_of_inner()
 
     @property
@@ -119,6 +127,11 @@ class SlimModule(pl.LightningModule):
     def dense(self) -> nn.Module:
         """A copy of the network as it was given."""
         return self._dense[0]
+
+    @property
+    def averaging_teachers(self) -> list[nn.Module]:
+        """The networks of teachers that are averages of this one."""
+        return [a.network for distillation in self._distillation for a in distillation.averages]
 
     @property
     def phase(self) -> str:
@@ -141,6 +154,7 @@ class SlimModule(pl.LightningModule):
         if recipe.prune is not None:
             channels = recipe.prune.granularity == "channel"
             callbacks.append((ChannelPruning if channels else WeightPruning)(self, recipe.prune))
+        callbacks += [DistillationCallback(self, own) for own in self._distillation]
         if recipe.quantize is not None and recipe.quantize.train_from is not None:
             first = recipe.export[0].name
             callbacks.append(QuantizationCallback(self, recipe.quantize, first))
@@ -176,6 +190,7 @@ class SlimModule(pl.LightningModule):
             "fake": None
             if self.fake is None
             else {"sites": dict(vars(self.fake.sites)), "state": self.fake.state},
+            "distillation": [distillation.state() for distillation in self._distillation],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -186,10 +201,11 @@ class SlimModule(pl.LightningModule):
         self.state = Progress(**saved["progress"])
         if saved["report"] is not None:
             report = PruningReport(**saved["report"])
-            averages = averages_of(self, self.trainer) if self._trainer is not None else []
-            for network in (self.network, *averages):
+            for network in (self.network, *averages_of(self, self._trainer)):
                 remove_(network, report.kept, report.attributes)
             self.network.slimkit_pruning = report  # type: ignore[assignment]
+        for distillation, state in zip(self._distillation, saved["distillation"], strict=False):
+            distillation.load(state)
         quantize = self.recipe.quantize
         if saved["fake"] is not None and quantize is not None:
             self.fake = FakeQuantization(
@@ -250,16 +266,34 @@ class SlimModule(pl.LightningModule):
             if output is None:
                 return None
             loss = output["loss"] if isinstance(output, Mapping) else output
-            total = distillation.recipe.label_weight * loss
             batch = args[0] if args else kwargs.get("batch")
+            batch_idx = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
+            now = self._now(distillation.recipe, batch_idx)
+            total = weight_at(distillation.recipe.label_weight, now) * loss
             compare = self._simulated(distillation.losses_of)
-            for name, value in compare(caught, batch).items():
+            terms = compare(caught, batch, batch_idx, now, self._trainer)
+            for name, value in terms.items():
                 self.log(f"distill/{name}", value.detach())
                 total = total + value
             self.state.distilled = True
             return {**output, "loss": total} if isinstance(output, Mapping) else total
 
         return train
+
+    def _now(self, distill: Distill, batch_idx: int) -> float:
+        """The fraction of the training that has passed; 0 where no weight asks for it."""
+        scheduled = {"label_weight": distill.label_weight}
+        scheduled |= {f"weight_of_{loss.name}": loss.weight for loss in distill.losses}
+        scheduled = {name: weight for name, weight in scheduled.items() if not is_constant(weight)}
+        if not scheduled:
+            return 0.0
+        now = progress(self.trainer, batch_idx)
+        for name, weight in scheduled.items():
+            self.log(f"distill/{name}", weight_at(weight, now))
+        return now
+
+    def _tell(self, line: str) -> None:
+        self.announce(line)
 
     def _forward_hooks_of_inner(self) -> None:
         """Let Lightning call every hook that the wrapped module overrides."""

@@ -1,0 +1,252 @@
+"""The callback that lets losses, peers and averages live through a training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from slimkit.errors import SlimkitError
+from slimkit.pruning.removal import Attributes, Kept, fitted, kept_positions, remove_
+from slimkit.training.cut_features import features, kept_channels, since
+from slimkit.training.distillation import Comparison, Distillation, each_loss
+from slimkit.training.optimizers import add_group_, shrink_optimizers_
+from slimkit.training.pruning import ChannelPruning
+from slimkit.training.ranks import average_gradients_, several, share_
+
+if TYPE_CHECKING:
+    from slimkit.training.module import SlimModule
+
+Cuts = dict[str, tuple[int, list[int]]]
+
+
+class DistillationCallback(pl.Callback):
+    """Puts what losses and peers learn into the first optimizer, and keeps it in step.
+
+    When the student's channels are cut, parameters of losses over these channels are cut to the
+    same ones with their optimizer state; where these cannot be told, they begin anew.
+
+    Args:
+        module: owns the network.
+        distillation: its own.
+    """
+
+    def __init__(self, module: SlimModule, distillation: Distillation) -> None:
+        self.module = module
+        self.distillation = distillation
+        self._steps = 0
+        self._checked = False
+        self._followed: object = None  # the report of the cut that losses are in step with
+
+    def on_fit_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Give peers, and losses of a resumed run, their place before the optimizer's is restored.
+
+        Raises:
+            SlimkitError: there is no optimizer to train peers.
+        """
+        self._train(trainer, self.distillation.peer_parameters(), "teachers that learn")
+        self._train(trainer, self.distillation.parameters(), "losses that learn")
+
+    def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Count the optimizer's steps from here."""
+        self._steps = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, _module: pl.LightningModule, *_rest: Any
+    ) -> None:
+        """Follow a cut, which comes before this callback's turn."""
+        self._follow(trainer)
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, _module: pl.LightningModule, _loss: Tensor
+    ) -> None:
+        """At the first batch, refuse what pruning would break; train what losses have made."""
+        if not self._checked:
+            self._checked = True
+            self._check_survival(trainer)
+            self._train(trainer, self.distillation.parameters(), "losses that learn")
+
+    def on_after_backward(self, _trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Average over processes the gradients that DDP does not know."""
+        if several():
+            average_gradients_(self.distillation.parameters().values())
+            average_gradients_(self.distillation.peer_parameters().values())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, _module: pl.LightningModule, *_rest: Any
+    ) -> None:
+        """Let averages follow an optimizer step."""
+        if trainer.global_step > self._steps:
+            self._steps = trainer.global_step
+            for average in self.distillation.averages:
+                average.follow(self.module.network)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Say once where the cache is of no use."""
+        if trainer.current_epoch != 1:
+            return
+        for teacher in self.distillation.teachers:
+            if teacher.cache is not None and teacher.cache.is_useless:
+                self.module.say(
+                    f"nothing that {teacher.who} was shown came again: its cache is of use only "
+                    "where inputs are the same in each epoch (no augmentation), or in another run "
+                    "of the same seed"
+                )
+
+    def on_train_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Follow a cut at the very end, for the last checkpoint."""
+        self._follow(trainer)
+
+    def _train(
+        self, trainer: pl.Trainer, parameters: Mapping[str, nn.Parameter], what: str
+    ) -> None:
+        if not parameters:
+            return
+        if not trainer.optimizers:
+            raise SlimkitError(
+                f"distill: {what} need an optimizer, but configure_optimizers gave none"
+            )
+        if several():
+            share_(parameters.values())
+        optimizer = trainer.optimizers[0]
+        add_group_(
+            optimizer,
+            parameters,
+            [config.scheduler for config in trainer.lr_scheduler_configs],
+            weight_decay=optimizer.param_groups[0].get("weight_decay", 0.0),
+            what=what,
+            way_out="choose others, such as kl with the dense teacher",
+        )
+
+    def _follow(self, trainer: pl.Trainer) -> None:
+        """Cut parameters over the student's channels to what the cut left."""
+        report = getattr(self.module.network, "slimkit_pruning", None)
+        if report is None or report is self._followed:
+            return
+        self._followed = report
+        learning = [(c, n) for c, n, loss in each_loss(self.distillation) if loss.student_channels]
+        if not learning or not report.kept:
+            return
+        before = getattr(self.module.dense, "slimkit_pruning", None)
+        kept = since({} if before is None else before.kept, report.kept)
+        for comparison, n in learning:
+            try:
+                cuts = self._cuts(kept, report.attributes, [comparison])
+            except Exception as error:  # a model may refuse random weights or inputs
+                self.module.say(f"{comparison.name} begins anew after the cut: {error}")
+                inputs = self.module.state.example_inputs
+                _begin_anew_(comparison, n, self.module.network, inputs, trainer.optimizers)
+                continue
+            cut = cuts.get(comparison.places[0].text)
+            if cut is not None:
+                _cut_(comparison, n, cut, trainer.optimizers)
+
+    def _cuts(self, kept: Kept, attributes: Attributes, wanted: Iterable[Comparison]) -> Cuts:
+        places = [place for comparison in wanted for place in comparison.places]
+        inputs = self.module.state.example_inputs
+        return kept_channels(self.module.dense, kept, attributes, places, inputs)
+
+    def _check_survival(self, trainer: pl.Trainer) -> None:
+        """Try each loss on features with half of the channels that pruning may take.
+
+        Raises:
+            SlimkitError: one cannot compare them with the teacher's any more.
+        """
+        pruning = next((c for c in _callbacks(trainer) if isinstance(c, ChannelPruning)), None)
+        if pruning is None or self.module.state.cut or not self.module.state.example_inputs:
+            return
+        compared = self.distillation.comparisons
+        if pruning.selector is None or not any(p.module for c in compared for p in c.places):
+            return
+        groups = pruning.selector.prunable(pruning.target)
+        pairs = [(g, torch.arange(max(1, g.channels // 2))) for g in groups]
+        try:
+            cuts = self._cuts(kept_positions(pairs), fitted(pairs), compared)
+        except Exception:  # half of everything may be more than the network bears: nothing is known
+            return
+        for comparison in compared:
+            cut = {p.text: cuts[p.text] for p in comparison.places if p.text in cuts}
+            for n, shapes in enumerate(comparison.shapes) if cut else ():
+                if shapes is not None:
+                    _try_cut(comparison, n, cut)
+
+
+def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]  # set elsewhere
+
+
+def _cut_(
+    comparison: Comparison,
+    n: int,
+    cut: tuple[int, list[int]],
+    optimizers: Iterable[torch.optim.Optimizer],
+) -> None:
+    """Leave what reads the channels that are left, in the loss and in the optimizers."""
+    loss, positions = comparison.losses[n], cut[1]
+    kept: Kept = {name: {d: positions} for name, d in loss.student_channels.items()}
+    shapes = {name: tuple(p.shape) for name, p in loss.named_parameters()}
+    if all(shapes[name][d] == len(positions) for name, d in loss.student_channels.items()):
+        return  # a checkpoint from behind the cut
+    remove_(loss, kept)
+    shrink_optimizers_(optimizers, loss, kept, shapes)
+    comparison.narrow(n, {comparison.places[0].text: cut})
+
+
+def _begin_anew_(
+    comparison: Comparison,
+    n: int,
+    network: nn.Module,
+    inputs: tuple[Any, ...],
+    optimizers: Iterable[torch.optim.Optimizer],
+) -> None:
+    """Make the parameters again for the features of the cut network, in the old ones' groups."""
+    before = dict(comparison.losses[n].named_parameters())
+    shapes = comparison.shapes[n]
+    assert shapes is not None
+    given = features(network, comparison.places, inputs)
+    device = next(iter(before.values())).device
+    comparison.prepare(
+        n,
+        tuple(
+            torch.zeros((shape[0], *given[place.text].shape[1:]), device=device)
+            for shape, place in zip(shapes[0], comparison.places, strict=True)
+        ),
+        tuple(torch.zeros(shape, device=device) for shape in shapes[1]),
+    )
+    after = dict(comparison.losses[n].named_parameters())
+    renewed = {id(old): after[name] for name, old in before.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [renewed.get(id(p), p) for p in group["params"]]
+        for old in before.values():
+            optimizer.state.pop(old, None)
+
+
+def _try_cut(comparison: Comparison, n: int, cuts: Cuts) -> None:
+    """Compute a copy of a loss on features with fewer channels."""
+    loss = copy.deepcopy(comparison.losses[n]).cpu()
+    shapes = comparison.shapes[n]
+    assert shapes is not None
+    first = cuts.get(comparison.places[0].text)
+    if first is not None and loss.student_channels:
+        remove_(loss, {name: {d: first[1]} for name, d in loss.student_channels.items()})
+    sides: list[Any] = [[torch.ones(shape) for shape in side] for side in shapes]
+    for i, place in enumerate(comparison.places):
+        if place.text in cuts:
+            dim, positions = cuts[place.text]
+            sides[0][i] = sides[0][i].narrow(dim, 0, len(positions))
+    more = {"labels": torch.zeros(shapes[0][0][0], dtype=torch.int64)} if loss.needs else {}
+    student, teacher = sides if loss.places > 1 else (sides[0][0], sides[1][0])
+    try:
+        with torch.no_grad():
+            loss(student, teacher, **more)
+    except Exception as error:  # whatever a plugin raises where shapes do not fit
+        name = comparison.entry.name
+        raise SlimkitError(
+            f"distill: loss {name!r} at {comparison.where} could not be computed once channels are "
+            f"pruned there (tried with {', '.join(str(tuple(x.shape)) for x in sides[0])}): {error}"
+        ) from error
