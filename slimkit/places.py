@@ -146,12 +146,11 @@ def describe(value: Any) -> str:
     >>> describe({"logits": 1, "boxes": 2})
     'a dict of logits, boxes'
     """
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} of {', '.join(map(str, value))}"
+    if hasattr(value, "shape"):
+        return f"a tensor {tuple(value.shape)}"
+    name = type(value).__name__
+    kind = f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return f"a {type(value).__name__} of {len(value)}"
-    shape = getattr(value, "shape", None)
-    if shape is not None:
-        return f"a tensor {tuple(shape)}"
+        return f"{kind} of {len(value)}"
     keys = _keys(value)
-    return f"a {type(value).__name__}" + (f" of {', '.join(keys)}" if keys else "")
+    return f"{kind} of {', '.join(map(str, keys))}" if keys else kind

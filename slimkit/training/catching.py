@@ -52,6 +52,11 @@ class Catch:
         return value
 
 
+def module_paths(network: nn.Module) -> list[str]:
+    """The paths of all its modules, shared ones under each."""
+    return [name for name, _ in network.named_modules(remove_duplicate=False) if name]
+
+
 @contextmanager
 def catching(network: nn.Module, places: Iterable[Place], who: str) -> Iterator[Catch]:
     """Inside, what `network` takes, and what its modules give at `places`, is caught."""

@@ -16,7 +16,7 @@ from slimkit.interfaces import DistillationLoss
 from slimkit.places import Place
 from slimkit.recipe import Distill, Loss, Optimizer
 from slimkit.registry import Listed, blame, discover
-from slimkit.training.catching import Catch, catching
+from slimkit.training.catching import Catch, catching, module_paths
 from slimkit.training.loss_weights import weight_at
 from slimkit.training.teacher_cache import Given
 from slimkit.training.teachers import Average, Peer, confidence, mixed, teachers_of
@@ -56,7 +56,7 @@ class Distillation:
         self.say = say
         self.teachers = teachers_of(recipe, inner, student, optimizer or Optimizer())
         self.comparisons: list[Comparison] = []
-        modules = [name for name, _ in student.named_modules() if name]
+        modules = module_paths(student)
         for entry in recipe.losses:
             self.comparisons.append(self._comparison(entry, modules))
         self._name_apart()
@@ -125,6 +125,10 @@ class Distillation:
         if not caught.called:  # the training step went round the forward: run it once more
             with self.watching() as caught:
                 self.student(*inputs_of(batch, self.student))
+        mine = [
+            tuple(caught.tensor(place) for place in comparison.places)
+            for comparison in self.comparisons
+        ]
         parameter = next(self.student.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         given: list[Given] = []
@@ -141,22 +145,21 @@ class Distillation:
             sure = confidence(taught, first, labels_of(batch).to(device), shares)
             taught, shares = [mixed(taught, sure)], [1.0]
         result: dict[str, Tensor] = {}
-        for comparison in self.comparisons:
+        for comparison, student in zip(self.comparisons, mine, strict=True):
             weight = weight_at(comparison.entry.weight, now)
-            mine = tuple(caught.tensor(place) for place in comparison.places)
             values = []
             for n, (tensors, share) in enumerate(zip(taught, shares, strict=True)):
                 theirs = tuple(tensors[text] for text in comparison.entry.sides[1])
                 who = self.teachers[n].who if len(taught) > 1 else "teacher"
-                value = comparison.value(n, mine, theirs, batch, who)
+                value = comparison.value(n, student, theirs, batch, who)
                 if not self.tried:
-                    comparison.look_at(value, mine, theirs, self.say)
+                    comparison.look_at(value, student, theirs, self.say)
                 values.append(share / sum(shares) * value if len(shares) > 1 else value)
             result[comparison.name] = weight * (sum(values[1:], values[0]))
             for teacher, tensors in zip(self.teachers, given, strict=True):
                 if isinstance(teacher, Peer):
                     theirs = tuple(tensors[text] for text in comparison.entry.sides[1])
-                    back = comparison.value(-1, theirs, tuple(t.detach() for t in mine), batch)
+                    back = comparison.value(-1, theirs, tuple(t.detach() for t in student), batch)
                     name = f"{teacher.name}/{comparison.name}"
                     result[name] = result.get(name, 0.0) + weight * back
         for teacher in self.peers:
@@ -323,7 +326,7 @@ class Comparison:
             ]
             why = f": what {sick[0]} gives there is not finite" if sick else ""
             raise PluginError(
-                f"{self.plugin} is {float(value)} on the first batch at {self.where}{why}"
+                f"{self.plugin} is {value.item()} on the first batch at {self.where}{why}"
             )
         learning = [t for t in student if t.requires_grad]
         if not learning:

@@ -19,7 +19,7 @@ from slimkit.importing import build
 from slimkit.places import Place
 from slimkit.recipe import Distill, Optimizer
 from slimkit.recipe import Teacher as Wanted
-from slimkit.training.catching import catching
+from slimkit.training.catching import catching, module_paths
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
 from slimkit.training.digest import digest
@@ -64,9 +64,8 @@ class Teacher:
             SlimkitError: there is no such module.
         """
         if text not in self.places:
-            modules = [name for name, _ in self.network.named_modules() if name]
             try:
-                self.places[text] = Place.of(text, modules)
+                self.places[text] = Place.of(text, module_paths(self.network))
             except SlimkitError as error:
                 raise SlimkitError(f"{self.who} {error}") from error
 
