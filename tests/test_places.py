@@ -63,7 +63,11 @@ def test_a_part_of_any_output_is_picked(text, value):
     ("text", "value", "message"),
     [
         ("output.logitz", {"logits": T}, "gives a dict of logits.*no .logitz; did you mean 'logi"),
-        ("output.logitz", Output(T, ()), "gives an Output of logits, hidden.*did you mean 'logits'"),
+        (
+            "output.logitz",
+            Output(T, ()),
+            "gives an Output of logits, hidden.*did you mean 'logits'",
+        ),
         ("output[2]", (T, T), r"gives a tuple of 2, in which there is no \[2\]"),
         ("output[0]", T, r"gives a tensor \(2, 3\), in which there is no \[0\]"),
         ("output.data", T, "gives a tensor"),

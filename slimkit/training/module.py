@@ -110,12 +110,12 @@ class SlimModule(pl.LightningModule):
         self._dense = (own_copy(self.network).eval(),)
         distill = self.recipe.distill
         active = distill is not None and self.automatic_optimization
-        self._distillation: tuple[Distillation, ...] = ()
+        self.distillation: tuple[Distillation, ...] = ()
         if active and distill:
             distillation = Distillation(
                 self.inner, self.network, distill, self.recipe.optimizer, self._tell
             )
-            self._distillation = (distillation,)
+            self.distillation = (distillation,)
         self._forward_hooks_of_inner()
 
     @property
@@ -131,7 +131,7 @@ class SlimModule(pl.LightningModule):
     @property
     def averaging_teachers(self) -> list[nn.Module]:
         """The networks of teachers that are averages of this one."""
-        return [a.network for distillation in self._distillation for a in distillation.averages]
+        return [a.network for distillation in self.distillation for a in distillation.averages]
 
     @property
     def phase(self) -> str:
@@ -154,7 +154,7 @@ class SlimModule(pl.LightningModule):
         if recipe.prune is not None:
             channels = recipe.prune.granularity == "channel"
             callbacks.append((ChannelPruning if channels else WeightPruning)(self, recipe.prune))
-        callbacks += [DistillationCallback(self, own) for own in self._distillation]
+        callbacks += [DistillationCallback(self, own) for own in self.distillation]
         if recipe.quantize is not None and recipe.quantize.train_from is not None:
             first = recipe.export[0].name
             callbacks.append(QuantizationCallback(self, recipe.quantize, first))
@@ -175,7 +175,7 @@ class SlimModule(pl.LightningModule):
             for backend in self.recipe.export:  # weight_bits that do not fit are said now
                 scheme_of(backend.name, self.recipe.quantize)
         self.inner.setup(stage)
-        if stage == "fit" and self.recipe.distill is not None and not self._distillation:
+        if stage == "fit" and self.recipe.distill is not None and not self.distillation:
             self.announce(
                 "no distillation: with manual optimization the loss is not slimkit's to change"
             )
@@ -190,7 +190,7 @@ class SlimModule(pl.LightningModule):
             "fake": None
             if self.fake is None
             else {"sites": dict(vars(self.fake.sites)), "state": self.fake.state},
-            "distillation": [distillation.state() for distillation in self._distillation],
+            "distillation": [distillation.state() for distillation in self.distillation],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -204,7 +204,8 @@ class SlimModule(pl.LightningModule):
             for network in (self.network, *averages_of(self, self._trainer)):
                 remove_(network, report.kept, report.attributes)
             self.network.slimkit_pruning = report  # type: ignore[assignment]
-        for distillation, state in zip(self._distillation, saved["distillation"], strict=False):
+        states = saved.get("distillation", ())
+        for distillation, state in zip(self.distillation, states, strict=False):
             distillation.load(state)
         quantize = self.recipe.quantize
         if saved["fake"] is not None and quantize is not None:
@@ -258,9 +259,9 @@ class SlimModule(pl.LightningModule):
             simulated = self._simulated(step)
             if self.recipe.prune is not None:
                 self.log("slimkit/macs_left", self.state.macs_left)
-            if not self._distillation:
+            if not self.distillation:
                 return simulated(*args, **kwargs)
-            distillation = self._distillation[0]
+            distillation = self.distillation[0]
             with distillation.watching() as caught:
                 output = simulated(*args, **kwargs)
             if output is None:

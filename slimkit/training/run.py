@@ -45,6 +45,7 @@ from slimkit.training.pruning import (
     training_loss,
 )
 from slimkit.training.pruning_scan import curves_of
+from slimkit.training.rehearsal import rehearse
 from slimkit.training.sparsity import weights_ratio
 from slimkit.weights import load_weights
 
@@ -99,6 +100,10 @@ def run(recipe: Recipe, output: Path, *, say: Say, fresh: bool = False) -> tuple
     model = build(model_import.model_dump(), "model", nn.Module)
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
+    if recipe.pretrain is not None:
+        rehearse(
+            model, recipe, lambda: build(data_import.model_dump(), "data", pl.LightningDataModule)
+        )
     with timing.part("training the dense model"):
         model = _pretrained(recipe, model, data, work, say)
     module = SlimModule(model, recipe)

@@ -322,7 +322,7 @@ HINT = loss("hint", "net.5", weight=1.0)
 
 
 def projection(slim: SlimModule) -> nn.Linear:
-    return slim._distillation[0].comparisons[0].losses[0].projection
+    return slim.distillation[0].comparisons[0].losses[0].projection
 
 
 def test_a_projection_is_trained_by_the_same_optimizer() -> None:
@@ -389,9 +389,9 @@ def test_the_cut_changes_no_hint() -> None:
     x, y = batch()
 
     def look() -> None:
-        if not slim._distillation[0].tried:
+        if not slim.distillation[0].tried:
             return
-        distillation = slim._distillation[0]
+        distillation = slim.distillation[0]
         with torch.no_grad(), distillation.watching() as caught:
             copy_of = slim.network
             copy_of.eval()
@@ -411,7 +411,7 @@ def test_the_cut_changes_no_hint() -> None:
 def test_a_strangers_parameters_over_channels_are_cut_too(strangers: None) -> None:  # noqa: F811
     slim = SlimModule(Lit(), recipe(loss("scaled", "net.5"), prune=True))
     fit(slim, max_epochs=2)
-    (scaled,) = slim._distillation[0].comparisons[0].losses
+    (scaled,) = slim.distillation[0].comparisons[0].losses
     assert scaled.scale.shape == (slim.network.net[3].out_channels,)
     assert len(scaled.scale) < 12
 
