@@ -164,7 +164,8 @@ class TeacherCache:
         if name in self._open:
             return self._open[name]
         try:
-            given = load_file(self._path(name))
+            # Copies: a file that somebody shortens under its memory map ends the process.
+            given = {place: t.clone() for place, t in load_file(self._path(name)).items()}
             if name not in self._sound:
                 with safe_open(self._path(name), "pt") as file:
                     wanted = file.metadata()["sha256"]
