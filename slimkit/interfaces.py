@@ -148,6 +148,10 @@ class DistillationLoss(nn.Module):
     state of them.
     """
 
+    teacher_channels: ClassVar[Mapping[str, int]] = {}
+    """The same of the teacher's channels, for a teacher that is an average of the student and is
+    cut with it."""
+
     def prepare(self, student: Tensor, teacher: Tensor) -> None:
         """Make the parameters whose shapes follow from the tensors; the default makes none.
 

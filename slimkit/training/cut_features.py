@@ -22,6 +22,9 @@ from slimkit.pruning.removal import Attributes, Kept, remove_
 from slimkit.training.catching import catching
 from slimkit.training.copies import own_copy
 
+Cuts = dict[str, tuple[int, list[int]]]
+"""Place to the dimension that a cut makes shorter, and the positions that remain."""
+
 _SAMPLES = 16
 _TRIES = 3
 
@@ -32,7 +35,7 @@ def kept_channels(
     attributes: Attributes,
     places: Sequence[Place],
     inputs: tuple[Any, ...],
-) -> dict[str, tuple[int, list[int]]]:
+) -> Cuts:
     """Where a cut leaves fewer channels: place to (dimension, positions that remain).
 
     Args:

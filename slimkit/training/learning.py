@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.errors import SlimkitError
+from slimkit.places import Place
 from slimkit.pruning.removal import Attributes, Kept, fitted, kept_positions, remove_
-from slimkit.training.cut_features import features, kept_channels, since
-from slimkit.training.distillation import Comparison, Distillation, each_loss
+from slimkit.training.comparison import Comparison, Shapes, Sides
+from slimkit.training.cut_features import Cuts, features, kept_channels, since
+from slimkit.training.distillation import Distillation, each_loss
 from slimkit.training.optimizers import add_group_, shrink_optimizers_
 from slimkit.training.pruning import ChannelPruning
 from slimkit.training.ranks import average_gradients_, several, share_
+from slimkit.training.teachers import Average, Teacher
 
 if TYPE_CHECKING:
     from slimkit.training.module import SlimModule
-
-Cuts = dict[str, tuple[int, list[int]]]
 
 
 class DistillationCallback(pl.Callback):
@@ -123,12 +124,16 @@ class DistillationCallback(pl.Callback):
         )
 
     def _follow(self, trainer: pl.Trainer) -> None:
-        """Cut parameters over the student's channels to what the cut left."""
+        """Cut parameters over channels to what a cut of the student left."""
         report = getattr(self.module.network, "slimkit_pruning", None)
         if report is None or report is self._followed:
             return
         self._followed = report
-        learning = [(c, n) for c, n, loss in each_loss(self.distillation) if loss.student_channels]
+        learning = [
+            (comparison, n)
+            for comparison, n, loss in each_loss(self.distillation)
+            if loss.student_channels or loss.teacher_channels
+        ]
         if not learning or not report.kept:
             return
         before = getattr(self.module.dense, "slimkit_pruning", None)
@@ -138,17 +143,62 @@ class DistillationCallback(pl.Callback):
                 cuts = self._cuts(kept, report.attributes, [comparison])
             except Exception as error:  # a model may refuse random weights or inputs
                 self.module.say(f"{comparison.name} begins anew after the cut: {error}")
-                inputs = self.module.state.example_inputs
-                _begin_anew_(comparison, n, self.module.network, inputs, trainer.optimizers)
-                continue
-            cut = cuts.get(comparison.places[0].text)
-            if cut is not None:
-                _cut_(comparison, n, cut, trainer.optimizers)
+                self._begin_anew(comparison, n, trainer.optimizers)
+            else:
+                self._cut(comparison, n, cuts, trainer.optimizers)
+
+    def _cut(
+        self,
+        comparison: Comparison,
+        n: int,
+        cuts: Cuts,
+        optimizers: Iterable[torch.optim.Optimizer],
+    ) -> None:
+        """Leave what is over the channels that are left, in the loss and in the optimizers."""
+        loss = comparison.losses[n]
+        sides, kept = comparison.cuts_of(n, cuts, self._teacher(n))
+        shapes = {name: tuple(p.shape) for name, p in loss.named_parameters()}
+        if sides == comparison.shapes[n]:
+            return  # nothing is cut there, or the checkpoint is from behind the cut
+        remove_(loss, kept)
+        shrink_optimizers_(optimizers, loss, kept, shapes)
+        comparison.shapes[n] = sides
+
+    def _begin_anew(
+        self, comparison: Comparison, n: int, optimizers: Iterable[torch.optim.Optimizer]
+    ) -> None:
+        """Make the parameters again for features of the cut network, in the old ones' groups."""
+        before = dict(comparison.losses[n].named_parameters())
+        shapes = comparison.shapes[n]
+        assert shapes is not None
+        device = next(iter(before.values())).device
+        inputs = self.module.state.example_inputs
+        sides = [_like(shapes[0], comparison.places, self.module.network, inputs, device)]
+        teacher = self._teacher(n)
+        if isinstance(teacher, Average):
+            places = [teacher.places[text] for text in comparison.entry.sides[1]]
+            sides.append(_like(shapes[1], places, teacher.network, inputs, device))
+        else:
+            sides.append(tuple(torch.zeros(shape, device=device) for shape in shapes[1]))
+        comparison.prepare(n, *sides)
+        after = dict(comparison.losses[n].named_parameters())
+        renewed = {id(old): after[name] for name, old in before.items()}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [renewed.get(id(p), p) for p in group["params"]]
+            for old in before.values():
+                optimizer.state.pop(old, None)
+
+    def _teacher(self, n: int) -> Teacher:
+        """Whose tensors the n-th loss of a comparison sees; of a mixture, the first's."""
+        return self.distillation.teachers[n]
 
     def _cuts(self, kept: Kept, attributes: Attributes, wanted: Iterable[Comparison]) -> Cuts:
-        places = [place for comparison in wanted for place in comparison.places]
+        places = {place.text: place for comparison in wanted for place in comparison.places}
+        for average in self.distillation.averages:  # of the student's structure
+            places |= average.places
         inputs = self.module.state.example_inputs
-        return kept_channels(self.module.dense, kept, attributes, places, inputs)
+        return kept_channels(self.module.dense, kept, attributes, [*places.values()], inputs)
 
     def _check_survival(self, trainer: pl.Trainer) -> None:
         """Try each loss on features with half of the channels that pruning may take.
@@ -168,85 +218,56 @@ class DistillationCallback(pl.Callback):
             cuts = self._cuts(kept_positions(pairs), fitted(pairs), compared)
         except Exception:  # half of everything may be more than the network bears: nothing is known
             return
-        for comparison in compared:
-            cut = {p.text: cuts[p.text] for p in comparison.places if p.text in cuts}
-            for n, shapes in enumerate(comparison.shapes) if cut else ():
-                if shapes is not None:
-                    _try_cut(comparison, n, cut)
+        for comparison, n, _ in each_loss(self.distillation):
+            sides, kept = comparison.cuts_of(n, cuts, self._teacher(n))
+            if sides != comparison.shapes[n]:
+                _try(comparison, n, sides, kept)
+        if self.distillation.recipe.weighting == "confidence" and self.distillation.averages:
+            averaged = [p for a in self.distillation.averages for p in a.places if p in cuts]
+            if averaged and len(self.distillation.averages) < len(self.distillation.teachers):
+                raise SlimkitError(
+                    f"distill.weighting: confidence averages what the teachers give, but at "
+                    f"{averaged[0]!r} pruning changes the channels of ema only: protect that layer "
+                    "from pruning, or leave 'weighting' out"
+                )
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]  # set elsewhere
 
 
-def _cut_(
-    comparison: Comparison,
-    n: int,
-    cut: tuple[int, list[int]],
-    optimizers: Iterable[torch.optim.Optimizer],
-) -> None:
-    """Leave what reads the channels that are left, in the loss and in the optimizers."""
-    loss, positions = comparison.losses[n], cut[1]
-    kept: Kept = {name: {d: positions} for name, d in loss.student_channels.items()}
-    shapes = {name: tuple(p.shape) for name, p in loss.named_parameters()}
-    if all(shapes[name][d] == len(positions) for name, d in loss.student_channels.items()):
-        return  # a checkpoint from behind the cut
-    remove_(loss, kept)
-    shrink_optimizers_(optimizers, loss, kept, shapes)
-    comparison.narrow(n, {comparison.places[0].text: cut})
-
-
-def _begin_anew_(
-    comparison: Comparison,
-    n: int,
+def _like(
+    shapes: Shapes,
+    places: Iterable[Place],
     network: nn.Module,
     inputs: tuple[Any, ...],
-    optimizers: Iterable[torch.optim.Optimizer],
-) -> None:
-    """Make the parameters again for the features of the cut network, in the old ones' groups."""
-    before = dict(comparison.losses[n].named_parameters())
-    shapes = comparison.shapes[n]
-    assert shapes is not None
-    given = features(network, comparison.places, inputs)
-    device = next(iter(before.values())).device
-    comparison.prepare(
-        n,
-        tuple(
-            torch.zeros((shape[0], *given[place.text].shape[1:]), device=device)
-            for shape, place in zip(shapes[0], comparison.places, strict=True)
-        ),
-        tuple(torch.zeros(shape, device=device) for shape in shapes[1]),
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    """Zeros of the batch sizes of `shapes`, and beyond of what the network gives now."""
+    places = [*places]
+    given = features(network, places, inputs)
+    return tuple(
+        torch.zeros((shape[0], *given[place.text].shape[1:]), device=device)
+        for shape, place in zip(shapes, places, strict=True)
     )
-    after = dict(comparison.losses[n].named_parameters())
-    renewed = {id(old): after[name] for name, old in before.items()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [renewed.get(id(p), p) for p in group["params"]]
-        for old in before.values():
-            optimizer.state.pop(old, None)
 
 
-def _try_cut(comparison: Comparison, n: int, cuts: Cuts) -> None:
-    """Compute a copy of a loss on features with fewer channels."""
+def _try(comparison: Comparison, n: int, sides: Sides, kept: Kept) -> None:
+    """Compute a copy of a loss on tensors of these shapes, its parameters cut to `kept`."""
     loss = copy.deepcopy(comparison.losses[n]).cpu()
-    shapes = comparison.shapes[n]
-    assert shapes is not None
-    first = cuts.get(comparison.places[0].text)
-    if first is not None and loss.student_channels:
-        remove_(loss, {name: {d: first[1]} for name, d in loss.student_channels.items()})
-    sides: list[Any] = [[torch.ones(shape) for shape in side] for side in shapes]
-    for i, place in enumerate(comparison.places):
-        if place.text in cuts:
-            dim, positions = cuts[place.text]
-            sides[0][i] = sides[0][i].narrow(dim, 0, len(positions))
-    more = {"labels": torch.zeros(shapes[0][0][0], dtype=torch.int64)} if loss.needs else {}
-    student, teacher = sides if loss.places > 1 else (sides[0][0], sides[1][0])
+    labels = torch.zeros(sides[0][0][0], dtype=torch.int64)
+    more = {"labels": labels} if "labels" in loss.needs else {}
+    student, teacher = ([torch.ones(shape) for shape in side] for side in sides)
     try:
+        remove_(loss, kept)
         with torch.no_grad():
-            loss(student, teacher, **more)
+            if loss.places > 1:
+                loss(tuple(student), tuple(teacher), **more)
+            else:
+                loss(student[0], teacher[0], **more)
     except Exception as error:  # whatever a plugin raises where shapes do not fit
-        name = comparison.entry.name
+        tried = ", ".join(str(tuple(x.shape)) for x in student)
         raise SlimkitError(
-            f"distill: loss {name!r} at {comparison.where} could not be computed once channels are "
-            f"pruned there (tried with {', '.join(str(tuple(x.shape)) for x in sides[0])}): {error}"
+            f"distill: loss {comparison.entry.name!r} at {comparison.where} could not be computed "
+            f"once channels are pruned there (tried with {tried}): {error}"
         ) from error

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,19 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from slimkit.batches import samples_of
-from slimkit.deploy.artifact import load
 from slimkit.errors import SlimkitError
-from slimkit.importing import build
 from slimkit.places import Place
-from slimkit.recipe import Distill, Optimizer
+from slimkit.recipe import Distill
 from slimkit.recipe import Teacher as Wanted
 from slimkit.training.catching import catching, module_paths
-from slimkit.training.classification import Classification
-from slimkit.training.copies import own_copy
 from slimkit.training.digest import digest
 from slimkit.training.logged import logged
 from slimkit.training.teacher_cache import Given, TeacherCache, key_of
-from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
 
@@ -233,119 +227,3 @@ def _of(trainer: pl.Trainer | None, module: pl.LightningModule) -> Iterator[None
         yield
     finally:
         module.trainer = None
-
-
-def teachers_of(
-    recipe: Distill, inner: pl.LightningModule | nn.Module, network: nn.Module, optimizer: Optimizer
-) -> list[Teacher]:
-    """The teachers that a recipe names, built without drawing a random number.
-
-    Args:
-        recipe: the distill section.
-        inner: the student's LightningModule.
-        network: its network, as it is before anything is compressed.
-        optimizer: for a peer that is a plain module.
-
-    Raises:
-        SlimkitError: one cannot be built, loaded, or trained.
-    """
-    with torch.random.fork_rng():
-        return [_built(wanted, recipe, inner, network, optimizer) for wanted in recipe.teacher]
-
-
-def _built(
-    wanted: Wanted, recipe: Distill, inner: Any, network: nn.Module, optimizer: Optimizer
-) -> Teacher:
-    if wanted.kind == "ema":
-        return Average(own_copy(network), wanted, recipe)
-    if wanted.kind == "import":
-        what = {"target": wanted.name, "options": wanted.options}
-        made = build(what, "distill.teacher", nn.Module)
-    elif wanted.kind == "file":
-        made = _from_file(Path(wanted.name), network)
-    else:
-        made = own_copy(network)
-    if wanted.weights is not None:
-        _load(made, wanted.weights)
-    if not (wanted.learns or wanted.kind == "mutual"):
-        return Teacher(made, wanted, recipe)
-    if isinstance(made, pl.LightningModule):
-        return Peer((made, made), wanted, recipe)
-    if not isinstance(inner, Classification):
-        raise SlimkitError(
-            f"distill.teacher: {wanted.name} returns a {type(made).__name__}, which has no loss to "
-            "learn by: return a LightningModule"
-        )
-    return Peer((Classification(made, optimizer), made), wanted, recipe)
-
-
-def _from_file(path: Path, network: nn.Module) -> nn.Module:
-    if not path.exists():
-        raise SlimkitError(f"distill.teacher: there is no file or folder {path} in {Path.cwd()}")
-    if path.is_dir():
-        return load(path)
-    made = own_copy(network)
-    _load(made, path)
-    return made
-
-
-def _load(network: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise SlimkitError(f"distill.teacher: there is no weights file {path} in {Path.cwd()}")
-    try:
-        load_weights(network, path)
-    except SlimkitError as error:
-        raise SlimkitError(f"distill.teacher: {error}") from error
-
-
-def confidence(
-    given: Sequence[Given], place: str, labels: Tensor, shares: Sequence[float]
-) -> Tensor:
-    """How much each teacher counts for each sample, shape (teachers, batch); sums to 1.
-
-    Those with the smaller cross-entropy of the label count more: one minus the softmax of the
-    cross-entropies, as in Zhang et al. 2022, Confidence-Aware Multi-Teacher Knowledge Distillation,
-    https://arxiv.org/abs/2201.00007, times the teacher's share.
-
-    Args:
-        given: of each teacher, with logits (batch, classes) at `place`.
-        place: where the logits are.
-        labels: (batch,).
-        shares: of each teacher.
-
-    Raises:
-        SlimkitError: these are no logits of the same classes as the labels.
-    """
-    errors = []
-    for tensors in given:
-        logits = tensors[place].float()
-        if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
-            raise SlimkitError(
-                "distill.weighting: confidence needs logits (batch, classes) at the first loss's "
-                f"place, {place!r}, and one label a sample; these are {tuple(logits.shape)} and "
-                f"{tuple(labels.shape)}"
-            )
-        errors.append(nn.functional.cross_entropy(logits, labels.long(), reduction="none"))
-    sure = 1 - torch.stack(errors).softmax(0)  # (teachers, batch)
-    shared = sure * torch.tensor(shares, device=sure.device)[:, None]
-    return shared / shared.sum(0)
-
-
-def mixed(given: Sequence[Given], weights: Tensor) -> Given:
-    """What several teachers give, averaged sample by sample with `weights` (teachers, batch).
-
-    Raises:
-        SlimkitError: they give tensors of other shapes.
-    """
-    result = {}
-    for place in given[0]:
-        tensors = [tensors[place].float() for tensors in given]
-        if len({t.shape for t in tensors}) > 1 or len(tensors[0]) != weights.shape[1]:
-            shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
-            raise SlimkitError(
-                f"distill.weighting: confidence averages what the teachers give, but at {place!r} "
-                f"they give {shapes}: name places of the same shape, or leave 'weighting' out"
-            )
-        shape = [len(tensors), -1, *[1] * (tensors[0].dim() - 1)]
-        result[place] = (torch.stack(tensors) * weights.reshape(shape)).sum(0)
-    return result

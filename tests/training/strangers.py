@@ -72,5 +72,5 @@ def strangers(monkeypatch):
         for kind in LOSSES
     )
     registry = Registry((*discover().plugins, *listed))
-    for module in ("slimkit.training.distillation", "slimkit.registry"):
+    for module in ("slimkit.training.comparison", "slimkit.registry"):
         monkeypatch.setattr(f"{module}.discover", lambda: registry)

@@ -19,7 +19,7 @@ from torch.nn import functional
 import slimkit
 from slimkit import SlimModule
 from slimkit.errors import SlimkitError
-from slimkit.training.teachers import confidence, mixed
+from slimkit.training.confidence import confidence, mixed
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",

@@ -28,6 +28,7 @@ class CRD(DistillationLoss):
     """
 
     student_channels: ClassVar[Mapping[str, int]] = {"student.weight": 1}
+    teacher_channels: ClassVar[Mapping[str, int]] = {"teacher.weight": 1}
 
     def __init__(self, *, dimensions: int = 128, temperature: float = 0.07) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ class Hint(DistillationLoss):
     """
 
     student_channels: ClassVar[Mapping[str, int]] = {"projection.weight": 1}
+    teacher_channels: ClassVar[Mapping[str, int]] = {"projection.weight": 0, "projection.bias": 0}
 
     def __init__(self) -> None:
         super().__init__()
