@@ -15,6 +15,7 @@ from slimkit.places import Place
 from slimkit.pruning.removal import Kept
 from slimkit.recipe import Loss
 from slimkit.registry import Listed, blame, discover
+from slimkit.training.catching import Catch
 from slimkit.training.cut_features import Cuts
 from slimkit.training.teachers import Average, Teacher
 
@@ -72,6 +73,17 @@ class Comparison:
         """The places, for people and loggers."""
         return "/".join(dict.fromkeys("+".join(side) for side in self.entry.sides))
 
+    def tensors_in(self, caught: Catch) -> tuple[Tensor, ...]:
+        """The student's tensors of each place.
+
+        Raises:
+            SlimkitError: a place gives no single tensor.
+        """
+        try:
+            return tuple(caught.tensor(place) for place in self.places)
+        except SlimkitError as error:
+            raise SlimkitError(f"distill: loss {self.entry.name!r}: {error}") from error
+
     def value(
         self,
         n: int,
@@ -104,9 +116,15 @@ class Comparison:
         if loss.places == 1:
             sides = student[0], teacher[0]
         with blame(self.plugin, f"comparing student and {who} at {self.where}"):
-            if n >= 0 and self.shapes[n] is None:
-                self.prepare(n, student, teacher)
-            value = loss(*sides, **more)
+            try:
+                if n >= 0 and self.shapes[n] is None:
+                    self.prepare(n, student, teacher)
+                value = loss(*sides, **more)
+            except ValueError as error:  # as its contract has it
+                raise PluginError(
+                    f"distill: {self.plugin} cannot compare student and {who} at {self.where}: "
+                    f"{error}"
+                ) from error
         if not isinstance(value, Tensor) or value.dim() != 0:
             what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise PluginError(f"{self.plugin} must return a scalar tensor, not {what}")

@@ -126,10 +126,7 @@ class Distillation:
         if not caught.called:  # the training step went round the forward: run it once more
             with self.watching() as caught:
                 self.student(*inputs_of(batch, self.student))
-        mine = [
-            tuple(caught.tensor(place) for place in comparison.places)
-            for comparison in self.comparisons
-        ]
+        mine = [comparison.tensors_in(caught) for comparison in self.comparisons]
         parameter = next(self.student.parameters(), None)
         device = parameter.device if parameter is not None else torch.device("cpu")
         given: list[Given] = []
@@ -151,7 +148,7 @@ class Distillation:
             values = []
             for n, (tensors, share) in enumerate(zip(taught, shares, strict=True)):
                 theirs = tuple(tensors[text] for text in comparison.entry.sides[1])
-                who = self.teachers[n].who if len(taught) > 1 else "teacher"
+                who = self.teachers[n].who if len(taught) == len(self.teachers) else "teachers"
                 value = comparison.value(n, student, theirs, batch, who)
                 if not self.tried:
                     comparison.look_at(value, student, theirs, self.say)

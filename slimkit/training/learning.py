@@ -49,7 +49,10 @@ class DistillationCallback(pl.Callback):
         Raises:
             SlimkitError: there is no optimizer to train peers.
         """
-        self._train(trainer, self.distillation.peer_parameters(), "teachers that learn")
+        peers = self.distillation.peer_parameters()
+        if peers and several():
+            share_(peers.values())
+        self._train(trainer, peers, "teachers that learn")
         self._train(trainer, self.distillation.parameters(), "losses that learn")
 
     def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
@@ -85,6 +88,8 @@ class DistillationCallback(pl.Callback):
             self._steps = trainer.global_step
             for average in self.distillation.averages:
                 average.follow(self.module.network)
+                if several():  # batch-norm has statistics of its own in each process
+                    share_(average.network.buffers())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Say once where the cache is of no use."""
@@ -111,8 +116,6 @@ class DistillationCallback(pl.Callback):
             raise SlimkitError(
                 f"distill: {what} need an optimizer, but configure_optimizers gave none"
             )
-        if several():
-            share_(parameters.values())
         optimizer = trainer.optimizers[0]
         add_group_(
             optimizer,

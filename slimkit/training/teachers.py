@@ -49,7 +49,7 @@ class Teacher:
     @property
     def who(self) -> str:
         """As messages call it."""
-        return f"the teacher {self.name}"
+        return "the dense teacher" if self.name == "dense" else f"the teacher {self.name}"
 
     def watch(self, text: str) -> None:
         """Give what is at this place from now on.
@@ -101,7 +101,10 @@ class Teacher:
             self._cast(),
         ):
             self.network(*args, **kwargs)
-            return {text: catch.tensor(place).detach() for text, place in self.places.items()}
+            try:
+                return {text: catch.tensor(place).detach() for text, place in self.places.items()}
+            except SlimkitError as error:
+                raise SlimkitError(f"distill: {error}") from error
 
     def _cast(self) -> AbstractContextManager[Any]:
         if self.precision is None:

@@ -166,7 +166,10 @@ def test_a_teacher_without_the_place_is_named_with_the_nearest() -> None:
 def test_a_teacher_of_other_classes_is_refused_before_a_weight_changes() -> None:
     slim = made(teacher={"name": "test_teachers:other", "options": {"classes": 6}})
     before = copy.deepcopy(slim.network.state_dict())
-    with pytest.raises(SlimkitError, match="the student has 4 classes and the teacher 6"):
+    with pytest.raises(
+        SlimkitError,
+        match="teacher test_teachers:other at output: the student has 4 cla.* and the teacher 6",
+    ):
         fit(slim)
     assert all(torch.equal(p, before[n]) for n, p in slim.network.named_parameters())
 
@@ -400,3 +403,23 @@ def test_lightnings_own_average_goes_with_teachers_that_change() -> None:
     slim = made(prune=True, teacher=[EMA, "mutual"])
     fit(slim, max_epochs=2, callbacks=[EMAWeightAveraging(decay=0.5)])
     assert slim.network.net[3].out_channels < 12
+
+
+@pytest.mark.parametrize("name", ["hint", "crd", "feature-mse"])
+def test_losses_of_an_average_are_cut_on_both_sides(name: str) -> None:
+    losses = [{"name": name, "at": "net.5"}]
+    slim = made(prune=True, teacher=["ema"], losses=losses)
+    trainer = fit(slim, max_epochs=2)
+    assert slim.network.net[3].out_channels < 12
+    assert torch.isfinite(trainer.logged_metrics[f"distill/{name}@net.5"])
+    (learnt,) = slim.distillation[0].comparisons[0].losses
+    for parameter, dim in {**learnt.student_channels, **learnt.teacher_channels}.items():
+        shape = learnt.get_parameter(parameter).shape
+        assert shape[dim] == slim.network.net[3].out_channels
+
+
+def test_features_of_an_average_and_a_fixed_teacher_cannot_be_mixed_once_cut() -> None:
+    losses = [{"name": "kl"}, {"name": "attention", "at": "net.5"}]
+    slim = made(prune=True, teacher=["dense", "ema"], losses=losses, weighting="confidence")
+    with pytest.raises(SlimkitError, match="at 'net.5' pruning changes the channels of ema only"):
+        fit(slim)
