@@ -11,8 +11,8 @@ loss stands beside the labels' loss with the one weight that is written here, mo
 from the comparison of Tian et al. 2020 (https://arxiv.org/abs/1910.10699), and none was tuned.
 
 Dense networks are trained on the first --images training images. All are tested after the last
-epoch on the last --held-out training images, which nobody saw, and on the 1,000 test images. What is
-finished lies in --work and is not made again; a killed run goes on from its last epoch.
+epoch on the last --held-out training images, which nobody saw, and on the 1,000 test images. What
+is finished lies in --work and is not made again; a killed run goes on from its last epoch.
 """
 
 from __future__ import annotations
