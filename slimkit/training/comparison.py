@@ -213,7 +213,8 @@ class Comparison:
     def load(self, state: list[tuple[Any, dict[str, Tensor]]]) -> None:
         """Make parameters of the saved shapes and take the saved values."""
         for n, (shapes, weights) in enumerate(state):
-            if shapes is None:
+            if shapes is None:  # from before the first batch
+                self.shapes[n] = None
                 continue
             sides = [tuple(torch.zeros(shape) for shape in side) for side in shapes]
             with blame(self.plugin, "going on from a checkpoint"):

@@ -172,6 +172,7 @@ class Distillation:
             f"{comparison.name}.{n}.{name}": parameter
             for comparison in self.comparisons
             for n, loss in enumerate(comparison.losses)
+            if comparison.shapes[n] is not None
             for name, parameter in loss.named_parameters()
         }
 

@@ -52,12 +52,13 @@ class DistillationCallback(pl.Callback):
         peers = self.distillation.peer_parameters()
         if peers and several():
             share_(peers.values())
-        self._train(trainer, peers, "teachers that learn")
-        self._train(trainer, self.distillation.parameters(), "losses that learn")
+        self._train_all(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
-        """Count the optimizer's steps from here."""
+        """Begin, also where a search for a learning rate has made other optimizers meanwhile."""
         self._steps = trainer.global_step
+        self._checked = False
+        self._train_all(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, _module: pl.LightningModule, *_rest: Any
@@ -72,7 +73,7 @@ class DistillationCallback(pl.Callback):
         if not self._checked:
             self._checked = True
             self._check_survival(trainer)
-            self._train(trainer, self.distillation.parameters(), "losses that learn")
+            self._train_all(trainer)
 
     def on_after_backward(self, _trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Average over processes the gradients that DDP does not know."""
@@ -106,6 +107,11 @@ class DistillationCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Follow a cut at the very end, for the last checkpoint."""
         self._follow(trainer)
+
+    def _train_all(self, trainer: pl.Trainer) -> None:
+        """Put what learns into the optimizer, unless it is there."""
+        self._train(trainer, self.distillation.peer_parameters(), "teachers that learn")
+        self._train(trainer, self.distillation.parameters(), "losses that learn")
 
     def _train(
         self, trainer: pl.Trainer, parameters: Mapping[str, nn.Parameter], what: str

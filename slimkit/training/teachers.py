@@ -91,8 +91,11 @@ class Teacher:
         return self._cache
 
     def _identity(self) -> str:
-        about = json.dumps([type(self.network).__name__, sorted(self.places), self.precision])
-        return digest(about, self.network.state_dict())
+        """A hash of all that its outputs depend on but the inputs."""
+        kind = "cpu" if self._device is None else self._device.type
+        cast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        about = [type(self.network).__name__, sorted(self.places), self.precision or cast]
+        return digest(json.dumps(about), self.network.state_dict())
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:
         with (

@@ -494,3 +494,52 @@ def test_lightnings_own_average_goes_with_a_loss_that_learns() -> None:
     fit(slim, max_epochs=2, callbacks=[EMAWeightAveraging(decay=0.5)])
     assert slim.network.net[3].out_channels < 12
     slim.network.eval()(normal(2, 3, 8, 8))
+
+
+# --- Lightning's own tools --------------------------------------------------------------------
+
+
+def test_what_learns_is_trained_after_a_search_for_the_learning_rate(tmp_path: Path) -> None:
+    from pytorch_lightning.callbacks import LearningRateFinder
+
+    class Searched(Lit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = 0.05
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), self.lr)
+
+    slim = SlimModule(Searched(), recipe(HINT, teacher=["dense"]))
+    slim.lr = 0.05
+    find = LearningRateFinder(num_training_steps=5, update_attr=False)
+    trainer = fit(slim, callbacks=[find], default_root_dir=tmp_path)
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert {id(p) for p in projection(slim).parameters()} <= held
+
+
+def test_a_projection_is_trained_under_bf16_and_accumulation() -> None:
+    slim = SlimModule(Lit(), recipe(HINT, loss("kl")))
+    trainer = fit(
+        slim, precision="bf16-mixed", accumulate_grad_batches=2, gradient_clip_val=0.1, max_epochs=2
+    )
+    assert trainer.global_step == 4
+    assert projection(slim).weight.dtype == torch.float32
+    assert not torch.equal(projection(slim).weight, torch.eye(12))
+
+
+def test_fast_dev_run_goes_through_with_everything_on() -> None:
+    given = recipe(HINT, loss("dkd"), prune=True, teacher=["dense", "ema"])
+    slim = SlimModule(Lit(), {**given, "quantize": {"train_from": 0.5}})
+    fit(slim, fast_dev_run=True)
+    assert slim.state.cut
+
+
+def test_zero_weights_stay_zero_in_the_average_that_teaches() -> None:
+    section = {"granularity": "2:4", "during": [0.0, 0.5], "steps": 2}
+    slim = SlimModule(Lit(), {**recipe(loss("kl"), teacher="ema"), "prune": section})
+    fit(slim, max_epochs=2)
+    (average,) = slim.distillation[0].averages
+    zeros = slim.network.net[3].weight == 0
+    assert zeros.any()
+    assert (average.network.net[3].weight[zeros] == 0).all()

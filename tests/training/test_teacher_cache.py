@@ -91,7 +91,7 @@ def test_a_teacher_that_mixes_samples_is_found_by_whole_batches(tmp_path: Path) 
     assert Counted.calls >= 8  # others did not
 
 
-@pytest.mark.parametrize("change", ["weights", "place", "precision", "inputs"])
+@pytest.mark.parametrize("change", ["weights", "place", "precision", "inputs", "autocast"])
 def test_anything_else_is_computed_anew(tmp_path: Path, change: str) -> None:
     trained(tmp_path, epochs=1)
     data = Batches()
@@ -107,7 +107,8 @@ def test_anything_else_is_computed_anew(tmp_path: Path, change: str) -> None:
         "cache": str(tmp_path),
     }
     Counted.calls = 0
-    fit(SlimModule(Lit(), {"quantize": {}, "distill": section}), data)
+    precision = "bf16-mixed" if change == "autocast" else "32-true"
+    fit(SlimModule(Lit(), {"quantize": {}, "distill": section}), data, precision=precision)
     assert Counted.calls == 4 + 1
 
 
