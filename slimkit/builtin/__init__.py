@@ -43,7 +43,7 @@ def slimkit_losses() -> Iterator[Plugin]:
     here = "slimkit.builtin.losses"
     yield Plugin("kl", f"{here}.kl:KL", "Divergence of class probabilities")
     yield Plugin("dkd", f"{here}.dkd:DKD", "Target and other classes apart")
-    yield Plugin("dist", f"{here}.dist:DIST", "Correlation of class probabilities")
+    yield Plugin("dist", f"{here}.dist:DIST", "Correlation of probabilities")
     yield Plugin("bce-logits", f"{here}.bce_logits:BCELogits", "Each class as a yes or no")
     yield Plugin("feature-mse", f"{here}.feature_mse:FeatureMSE", "Squared distance of features")
     yield Plugin("hint", f"{here}.hint:Hint", "Features, by a learned projection")
