@@ -84,6 +84,10 @@ class Comparison:
         except SlimkitError as error:
             raise SlimkitError(f"distill: loss {self.entry.name!r}: {error}") from error
 
+    def taken_from(self, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """A teacher's tensors of each place."""
+        return tuple(given[text] for text in self.entry.sides[1])
+
     def value(
         self,
         n: int,

@@ -31,6 +31,7 @@ def confidence(
         SlimkitError: these are no logits of the same classes as the labels.
     """
     errors = []
+    labels = labels.to(given[0][place].device)
     for tensors in given:
         logits = tensors[place].float()
         if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():

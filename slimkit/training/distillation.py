@@ -61,6 +61,7 @@ class Distillation:
         for entry in recipe.losses:
             self.comparisons.append(self._comparison(entry, modules))
         self._name_apart()
+        self._device: torch.device | None = None
         self.tried = False  # whether every loss has been looked at on a batch
 
     def _comparison(self, entry: Loss, modules: Sequence[str]) -> Comparison:
@@ -128,43 +129,67 @@ class Distillation:
                 self.student(*inputs_of(batch, self.student))
         mine = [comparison.tensors_in(caught) for comparison in self.comparisons]
         parameter = next(self.student.parameters(), None)
-        device = parameter.device if parameter is not None else torch.device("cpu")
-        given: list[Given] = []
-        for teacher in self.teachers:
-            teacher.move_to(device)
+        self.move_to(parameter.device if parameter is not None else torch.device("cpu"))
+        given = [
+            teacher.step(batch, batch_idx, trainer)
+            if isinstance(teacher, Peer)
+            else teacher.look(caught.args, caught.kwargs, self.say)
+            for teacher in self.teachers
+        ]
+        result = self._from_teachers(given, mine, batch, now)
+        for teacher, tensors in zip(self.teachers, given, strict=True):
             if isinstance(teacher, Peer):
-                given.append(teacher.step(batch, batch_idx, trainer))
-            else:
-                given.append(teacher.look(caught.args, caught.kwargs, self.say))
+                for name, value in self._of_peer(teacher, tensors, mine, batch, now).items():
+                    result[name] = result.get(name, 0.0) + value
+        self.tried = True
+        return result
+
+    def _from_teachers(
+        self, given: list[Given], mine: list[tuple[Tensor, ...]], batch: Any, now: float
+    ) -> dict[str, Tensor]:
+        """What the student learns, of the teachers by their shares or of their mixture."""
         taught = [{place: t.detach() for place, t in g.items()} for g in given]
+        whos = [teacher.who for teacher in self.teachers]
         shares = [teacher.share for teacher in self.teachers]
         if self.recipe.weighting == "confidence":
             first = self.recipe.losses[0].sides[1][0]
-            sure = confidence(taught, first, labels_of(batch).to(device), shares)
-            taught, shares = [mixed(taught, sure)], [1.0]
+            sure = confidence(taught, first, labels_of(batch), shares)
+            taught, whos, shares = [mixed(taught, sure)], ["the teachers"], [1.0]
         result: dict[str, Tensor] = {}
         for comparison, student in zip(self.comparisons, mine, strict=True):
-            weight = weight_at(comparison.entry.weight, now)
             values = []
-            for n, (tensors, share) in enumerate(zip(taught, shares, strict=True)):
-                theirs = tuple(tensors[text] for text in comparison.entry.sides[1])
-                who = self.teachers[n].who if len(taught) == len(self.teachers) else "teachers"
-                value = comparison.value(n, student, theirs, batch, who)
+            for n, tensors in enumerate(taught):
+                theirs = comparison.taken_from(tensors)
+                value = comparison.value(n, student, theirs, batch, whos[n])
                 if not self.tried:
                     comparison.look_at(value, student, theirs, self.say)
-                values.append(share / sum(shares) * value if len(shares) > 1 else value)
-            result[comparison.name] = weight * (sum(values[1:], values[0]))
-            for teacher, tensors in zip(self.teachers, given, strict=True):
-                if isinstance(teacher, Peer):
-                    theirs = tuple(tensors[text] for text in comparison.entry.sides[1])
-                    back = comparison.value(-1, theirs, tuple(t.detach() for t in student), batch)
-                    name = f"{teacher.name}/{comparison.name}"
-                    result[name] = result.get(name, 0.0) + weight * back
-        for teacher in self.peers:
-            label_weight = weight_at(self.recipe.label_weight, now)
-            result[f"{teacher.name}/labels"] = label_weight * teacher.label_loss
-        self.tried = True
+                values.append(value if len(shares) == 1 else shares[n] / sum(shares) * value)
+            weight = weight_at(comparison.entry.weight, now)
+            result[comparison.name] = weight * sum(values[1:], values[0])
         return result
+
+    def _of_peer(
+        self, peer: Peer, given: Given, mine: list[tuple[Tensor, ...]], batch: Any, now: float
+    ) -> dict[str, Tensor]:
+        """What a peer learns of the labels and of the student."""
+        label_weight = weight_at(self.recipe.label_weight, now)
+        result = {f"{peer.name}/labels": label_weight * peer.label_loss}
+        for comparison, student in zip(self.comparisons, mine, strict=True):
+            weight = weight_at(comparison.entry.weight, now)
+            fixed = tuple(t.detach() for t in student)
+            value = comparison.value(-1, comparison.taken_from(given), fixed, batch, "student")
+            result[f"{peer.name}/{comparison.name}"] = weight * value
+        return result
+
+    def move_to(self, device: torch.device) -> None:
+        """Take teachers and losses to where the student is; parameters stay the same objects."""
+        for teacher in self.teachers:
+            teacher.move_to(device)
+        if device != self._device:
+            self._device = device
+            for comparison in self.comparisons:
+                for loss in comparison.losses:
+                    loss.to(device)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What losses learn, by a name of its own; empty before the first batch."""
@@ -211,6 +236,7 @@ class Distillation:
             )
         for comparison, saved in zip(self.comparisons, state["losses"], strict=True):
             comparison.load(saved)
+        self._device = None  # what was made now is on the CPU
         for average, (weights, steps) in zip(self.averages, state["averages"], strict=True):
             average.network.load_state_dict(weights)
             average.steps = steps

@@ -49,6 +49,7 @@ class DistillationCallback(pl.Callback):
         Raises:
             SlimkitError: there is no optimizer to train peers.
         """
+        self.distillation.move_to(self.module.device)
         peers = self.distillation.peer_parameters()
         if peers and several():
             share_(peers.values())
@@ -58,6 +59,7 @@ class DistillationCallback(pl.Callback):
         """Begin, also where a search for a learning rate has made other optimizers meanwhile."""
         self._steps = trainer.global_step
         self._checked = False
+        self.distillation.move_to(self.module.device)
         self._train_all(trainer)
 
     def on_train_batch_start(

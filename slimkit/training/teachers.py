@@ -195,8 +195,9 @@ class Peer(Teacher):
 
     def move_to(self, device: torch.device) -> None:
         """Be where the student is."""
-        self.module.to(device)
-        self._device = device
+        if device != self._device:
+            self.module.to(device)
+            self._device = device
 
     def step(self, batch: Any, batch_idx: int, trainer: pl.Trainer | None) -> Given:
         """Its own training step; what it gives keeps its gradients.
