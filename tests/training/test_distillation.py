@@ -543,3 +543,61 @@ def test_zero_weights_stay_zero_in_the_average_that_teaches() -> None:
     zeros = slim.network.net[3].weight == 0
     assert zeros.any()
     assert (average.network.net[3].weight[zeros] == 0).all()
+
+
+# --- a detector -------------------------------------------------------------------------------
+
+
+class Detector(Lit):
+    """As public detectors are: several outputs in a dict, several losses, a step of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.box_head = nn.Conv2d(12, 4, 1)
+            self.class_head = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        features = self.net[:6](x)  # (n, 12, 8, 8)
+        near = self.box_head(features).exp()  # distances to the four sides
+        return {"boxes": near.flatten(2).transpose(1, 2), "classes": [self.class_head(features)]}
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        x, y = batch
+        out = self(x)
+        wanted = functional.one_hot(y, 4).float()[:, :, None, None].expand(-1, -1, 8, 8)
+        classes = functional.binary_cross_entropy_with_logits(out["classes"][0], wanted)
+        boxes = (out["boxes"] - 2).abs().mean()
+        self.log("boxes", boxes)
+        return {"loss": classes + boxes, "boxes": boxes.detach()}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_boxes", (self(batch[0])["boxes"] - 2).abs().mean())
+
+
+def test_a_detector_is_pruned_and_learns_boxes_and_classes() -> None:
+    from slimkit.builtin.losses.box import overlap
+
+    losses = [
+        loss("box", "output.boxes", options={"form": "ltrb"}),
+        loss("bce-logits", "output.classes[0]", weight=2.0),
+    ]
+    slim = SlimModule(Detector(), recipe(*losses, prune=True, label_weight=0))
+    x, y = batch()
+    student, teacher = Detector().train()(x), Detector().eval()(x)
+    corners = [
+        torch.cat([-o["boxes"][..., :2], o["boxes"][..., 2:]], -1) for o in (student, teacher)
+    ]
+    p, q = (o["classes"][0].sigmoid() for o in (teacher, student))
+    divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    expected = (1 - overlap(*corners)).mean() + 2 * divergence.mean()
+    slim.log = slim.inner.log = lambda *args, **kwargs: None
+    slim.train()
+    assert slim.training_step((x, y), 0)["loss"].item() == pytest.approx(expected.item(), rel=1e-3)
+    slim = SlimModule(Detector(), recipe(*losses, prune=True))
+    logged = fit(slim, max_epochs=2).logged_metrics
+    assert slim.network.net[3].out_channels < 12
+    assert {"boxes", "distill/box@output.boxes", "distill/bce-logits@output.classes[0]"} <= set(
+        logged
+    )

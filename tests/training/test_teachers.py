@@ -423,3 +423,18 @@ def test_features_of_an_average_and_a_fixed_teacher_cannot_be_mixed_once_cut() -
     slim = made(prune=True, teacher=["dense", "ema"], losses=losses, weighting="confidence")
     with pytest.raises(SlimkitError, match="at 'net.5' pruning changes the channels of ema only"):
         fit(slim)
+
+
+def test_a_checkpoint_holds_of_the_teachers_only_what_changes(tmp_path: Path) -> None:
+    trainer = fit(made(teacher=["dense", "test_teachers:other", "ema"]))
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    saved = torch.load(tmp_path / "c.ckpt", weights_only=False)
+    (state,) = saved["slimkit"]["distillation"]
+    ((weights, steps),) = state["averages"]
+    assert steps == 4
+    assert list(weights) == list(Lit().state_dict())
+    assert state["peers"] == []
+    held = {id(t): t.numel() for t in torch.utils._pytree.tree_leaves(saved) if torch.is_tensor(t)}
+    student = sum(t.numel() for t in Lit().state_dict().values())
+    momenta = sum(p.numel() for p in Lit().parameters())
+    assert sum(held.values()) == 2 * student + momenta
