@@ -20,7 +20,7 @@ from slimkit.pruning.sensitivity import Curve
 from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization
 from slimkit.quantization.sites import Sites
-from slimkit.recipe import Distill, Recipe
+from slimkit.recipe import Recipe
 from slimkit.training.averages import averages_of
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
@@ -269,7 +269,7 @@ class SlimModule(pl.LightningModule):
             loss = output["loss"] if isinstance(output, Mapping) else output
             batch = args[0] if args else kwargs.get("batch")
             batch_idx = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
-            now = self._now(distillation.recipe, batch_idx)
+            now = self._now(distillation, batch_idx)
             total = weight_at(distillation.recipe.label_weight, now) * loss
             compare = self._simulated(distillation.losses_of)
             terms = compare(caught, batch, batch_idx, now, self._trainer)
@@ -281,16 +281,16 @@ class SlimModule(pl.LightningModule):
 
         return train
 
-    def _now(self, distill: Distill, batch_idx: int) -> float:
+    def _now(self, distillation: Distillation, batch_idx: int) -> float:
         """The fraction of the training that has passed; 0 where no weight asks for it."""
-        scheduled = {"label_weight": distill.label_weight}
-        scheduled |= {f"weight_of_{loss.name}": loss.weight for loss in distill.losses}
-        scheduled = {name: weight for name, weight in scheduled.items() if not is_constant(weight)}
+        weights = {c.name: c.entry.weight for c in distillation.comparisons}
+        weights["labels"] = distillation.recipe.label_weight
+        scheduled = {name: weight for name, weight in weights.items() if not is_constant(weight)}
         if not scheduled:
             return 0.0
         now = progress(self.trainer, batch_idx)
         for name, weight in scheduled.items():
-            self.log(f"distill/{name}", weight_at(weight, now))
+            self.log(f"distill/weight/{name}", weight_at(weight, now))
         return now
 
     def _tell(self, line: str) -> None:

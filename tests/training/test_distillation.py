@@ -266,7 +266,7 @@ def test_a_scheduled_loss_is_weighed_and_logged() -> None:
     fading = {"value": 1.0, "schedule": "linear", "during": [0, 0.75]}
     slim = SlimModule(Lit(), recipe(loss("kl", weight=fading)))
     logged = fit(slim).logged_metrics  # of the last batch, from 0.75 on
-    assert logged["distill/weight_of_kl"] == 0
+    assert logged["distill/weight/kl@output"] == 0
     assert logged["distill/kl@output"] == 0
 
 
