@@ -67,9 +67,11 @@ def kept_channels(
                 found[text] = (dims[0], varies)
             elif dims:
                 raise SlimkitError(f"at {text!r} the cut changes more than one dimension")
-    for text, (dim, varies) in found.items():
-        if int(varies.sum()) != narrow[text].shape[dim]:
-            raise SlimkitError(f"which channels the cut left at {text!r} cannot be told")
+        unclear = [t for t, (dim, v) in found.items() if int(v.sum()) != narrow[t].shape[dim]]
+        if not unclear:
+            break
+    else:  # a channel may be silent for the inputs of one try, but not of all
+        raise SlimkitError(f"which channels the cut left at {unclear[0]!r} cannot be told")
     return {text: (dim, v.nonzero().flatten().tolist()) for text, (dim, v) in found.items()}
 
 
