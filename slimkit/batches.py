@@ -44,6 +44,28 @@ def inputs_of(batch: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
     return tuple(map_tensors(lambda t: t.to(parameter.device), x) for x in inputs)
 
 
+_LABELS = ("labels", "label", "targets", "target", "y")
+
+
+def labels_of(batch: Any) -> Tensor:
+    """The labels in a batch: the second element of (inputs, labels), or what a dict calls so.
+
+    Raises:
+        SlimkitError: there are none, or they are no tensor.
+    """
+    found: Any = None
+    if isinstance(batch, Mapping):
+        found = next((batch[name] for name in _LABELS if name in batch), None)
+    elif isinstance(batch, list | tuple) and len(batch) == 2:
+        found = batch[1]
+    if not isinstance(found, Tensor):
+        raise SlimkitError(
+            "labels are needed: a batch must be (inputs, labels) with a tensor of labels, or a "
+            f"dict with one under {', '.join(_LABELS)}"
+        )
+    return found
+
+
 def _demanded(model: nn.Module | None) -> int:
     """How many positional arguments the forward cannot do without."""
     if model is None:

@@ -13,8 +13,10 @@ from typing import Any
 from pydantic import PydanticUserError, TypeAdapter
 
 from slimkit import source
+from slimkit.deploy.folder import MANIFEST
 from slimkit.errors import PluginError, Problem, RecipeError, SlimkitError, did_you_mean
-from slimkit.recipe import Prune, Recipe, Trainer
+from slimkit.fields import is_file, is_import_path
+from slimkit.recipe import Loss, Prune, Recipe, Trainer
 from slimkit.registry import discover
 from slimkit.strict_yaml import load
 from slimkit.validation import fit
@@ -48,7 +50,8 @@ def problems(recipe_path: str | Path) -> list[Problem]:
         if document.get(key) is None:
             found.append(Problem(key, f"is required: package.module:name of what returns {what}"))
         found += _import(key, document.get(key))
-    found += _weights(document.get("weights"))
+    found += _distillation(document.get("distill"))
+    found += _weights("weights", document.get("weights"))
     found += _trainer(document.get("trainer"))
     return found
 
@@ -139,9 +142,61 @@ def _call(
     yield from (Problem(f"{path}.{misfit.path}", misfit.message) for misfit in misfits)
 
 
-def _weights(path: object) -> Iterator[Problem]:
+def _weights(place: str, path: object) -> Iterator[Problem]:
     if isinstance(path, str) and not Path(path).is_file():
-        yield Problem("weights", f"there is no file {path!r} in {Path.cwd()}")
+        yield Problem(place, f"there is no file {path!r} in {Path.cwd()}")
+
+
+def _distillation(section: object) -> Iterator[Problem]:
+    """Teachers that are not there, and losses that cannot compare what the recipe names."""
+    if not isinstance(section, Mapping):
+        return
+    given = section.get("teacher", "dense")
+    learning = False
+    for i, teacher in enumerate(given if isinstance(given, list) else [given]):
+        path = f"distill.teacher[{i}]" if isinstance(given, list) else "distill.teacher"
+        name = _parts(teacher, "name")[0]
+        more = teacher if isinstance(teacher, Mapping) else {}
+        learning = learning or name == "mutual" or more.get("learns") is True
+        if name is None:
+            continue  # the schema complains
+        if is_import_path(name):
+            yield from _import(path, {**more, "target": name})
+        elif is_file(name) and not Path(name).exists():
+            yield Problem(path, f"there is no file or folder {name!r} in {Path.cwd()}")
+        elif Path(name).is_dir() and is_file(name) and not Path(name, MANIFEST).is_file():
+            yield Problem(path, f"{name!r} is no artifact: it holds no {MANIFEST}")
+        yield from _weights(f"{path}.weights", more.get("weights"))
+    cache = section.get("cache")
+    if isinstance(cache, str) and Path(cache).is_file():
+        yield Problem("distill.cache", f"{cache!r} is a file: name a folder")
+    losses = section.get("losses")
+    for i, loss in enumerate(losses if isinstance(losses, list) else ()):
+        yield from _compared(f"distill.losses[{i}]", loss, learning)
+
+
+def _compared(path: str, reference: object, learning: bool) -> Iterator[Problem]:
+    """What the source of a loss tells of the places that it compares, and of what it learns."""
+    try:
+        loss = Loss.model_validate({"name": reference} if isinstance(reference, str) else reference)
+        target = discover().find("loss", loss.name).target
+        module, _, name = target.partition(":")
+        found = source.read(module)
+    except (ValueError, SlimkitError):
+        return  # said elsewhere
+    definition = found.find(name) if found else None
+    if definition is None:
+        return
+    wanted = definition.attributes.get("places", "1")
+    if wanted.isdecimal() and {len(side) for side in loss.sides} != {int(wanted)}:
+        several = "write [[first, second]]" if int(wanted) > 1 else "write one entry for each place"
+        yield Problem(f"{path}.at", f"{loss.name} compares {wanted} at once: {several}")
+    if learning and definition.attributes.get("student_channels", "{}") != "{}":
+        yield Problem(
+            path,
+            f"{loss.name} learns parameters, which works one way only: with a teacher that learns, "
+            "choose losses without, such as kl",
+        )
 
 
 def _trainer(arguments: object) -> Iterator[Problem]:

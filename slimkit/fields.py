@@ -16,6 +16,9 @@ from pydantic import (
     WrapValidator,
 )
 
+from slimkit.errors import did_you_mean
+from slimkit.places import parse
+
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
@@ -24,14 +27,78 @@ def _no_bool(value: Any) -> Any:
 
 
 def _place(value: Any) -> Any:
-    paths = [value] if isinstance(value, str) else value
-    fits = isinstance(paths, list | tuple) and all(isinstance(p, str) and p for p in paths)
-    if not fits or (paths is value and len(paths) != 2):
+    sides = [value] if isinstance(value, str) else value
+    if isinstance(sides, list | tuple) and len(sides) == 1 and isinstance(sides[0], list | tuple):
+        sides = [sides[0], sides[0]]  # several places, the same on both sides
+    several = isinstance(sides, list | tuple) and len(sides) == (1 if isinstance(value, str) else 2)
+    if not several or not all(_is_side(side) for side in sides):
         raise ValueError(
-            "should be 'output', the path of a module, or [student's path, teacher's path], "
-            f"not {value!r}"
+            "should be 'output', the path of a module, or [student's path, teacher's path]; where "
+            "a loss compares several places at once, each path is a list, and [[first, second]] "
+            f"means the same on both sides; not {value!r}"
         )
-    return value
+    for side in sides:
+        for path in [side] if isinstance(side, str) else side:
+            parse(path)
+    if isinstance(value, str):
+        return value
+    return tuple(side if isinstance(side, str) else tuple(side) for side in sides)
+
+
+def _is_side(side: object) -> bool:
+    if isinstance(side, list | tuple):
+        return bool(side) and all(isinstance(path, str) for path in side)
+    return isinstance(side, str)
+
+
+_TEACHERS = ("dense", "ema", "mutual")
+
+
+def _teacher(value: str) -> str:
+    if value in _TEACHERS or is_import_path(value) or is_file(value):
+        return value
+    near = did_you_mean(value, _TEACHERS).partition("; there are")[0]
+    raise ValueError(
+        "should be dense, ema, mutual, 'package.module:name' of what returns a model, or the path "
+        f"of an artifact or a weights file, such as './big'; not {value!r}{near}"
+    )
+
+
+def is_file(value: str) -> bool:
+    """Whether this reads as the path of a file or folder."""
+    return "/" in value or "\\" in value or value.endswith((".safetensors", ".pt", ".pth"))
+
+
+def one_or_more(schema: Any) -> BeforeValidator:
+    """Lets one teacher stand for a list of one; `schema` is both, for the JSON schema."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, str):
+            _teacher(value)  # said without the path of a list that nobody wrote
+        return value if isinstance(value, list | tuple) else [value]
+
+    return BeforeValidator(widen, json_schema_input_type=schema)
+
+
+def number_or(schema: Any) -> WrapValidator:
+    """Lets a number stand, and stay, where a mapping may; `schema` is both."""
+
+    def keep(value: Any, mapping: ValidatorFunctionWrapHandler) -> Any:
+        if isinstance(value, Mapping | BaseModel):
+            return mapping(value)
+        wrong = ValueError(
+            "should be a number of at least 0, or a schedule such as {value: 1, schedule: linear, "
+            f"to: 0.1}}; not {value!r}"
+        )
+        try:
+            number = float(_no_bool(value))
+        except (TypeError, ValueError):
+            raise wrong from None
+        if not 0 <= number < float("inf"):
+            raise wrong
+        return number
+
+    return WrapValidator(keep, json_schema_input_type=schema)
 
 
 def _devices(value: Any) -> Any:
@@ -152,5 +219,7 @@ else:  # a union would put its members' names into the paths of problems
         PlainSerializer(lambda ratios: ratios),
     ]
 ImportPath = Annotated[str, AfterValidator(_import_path)]
-Place = Annotated[str | tuple[str, str], BeforeValidator(_place)]
+Side = str | tuple[str, ...]
+Place = Annotated[str | tuple[Side, Side], BeforeValidator(_place)]
+TeacherName = Annotated[str, AfterValidator(_teacher)]
 Devices = Annotated[int | str | list[int], BeforeValidator(_devices)]

@@ -102,6 +102,9 @@ def slimkit_quantizers() -> Iterable[Plugin]:
 def slimkit_losses() -> Iterable[Plugin]:
     """Yield distillation losses, subclasses of `slimkit.interfaces.DistillationLoss`.
 
+    A loss that needs labels, compares several places at once or learns parameters says so by the
+    attributes and methods of that class.
+
     A complete plugin:
 
         # slimkit_l1loss/__init__.py, registered in pyproject.toml with

@@ -135,7 +135,38 @@ class Quantizer(nn.Module, ABC):
 
 
 class DistillationLoss(nn.Module):
-    """Measures how far the student is from the teacher."""
+    """Measures how far the student is from the teacher.
+
+    Options are keyword-only arguments of the constructor, typed and with defaults. A loss may own
+    parameters (a projection): the student's optimizer trains them, and checkpoints hold them.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What else `forward` is given, as a keyword argument: ``labels``, the batch's own."""
+
+    places: ClassVar[int] = 1
+    """How many places are compared at once. From 2 on, `student` and `teacher` are tuples."""
+
+    student_channels: ClassVar[Mapping[str, int]] = {}
+    """Parameters that run over the student's channels at the first place: dotted name to dimension.
+
+    When channels of the student are cut out, these are cut in step, and so is the optimizer's
+    state of them.
+    """
+
+    teacher_channels: ClassVar[Mapping[str, int]] = {}
+    """The same of the teacher's channels, for a teacher that is an average of the student and is
+    cut with it."""
+
+    def prepare(self, student: Tensor, teacher: Tensor) -> None:
+        """Make the parameters whose shapes follow from the tensors; the default makes none.
+
+        Called once before the first `forward`, with tensors as `forward` gets them. A resumed run
+        calls it with zeros of the shapes that the student has by then.
+
+        Raises:
+            ValueError: these shapes cannot be compared.
+        """
 
     when_equal: ClassVar[Literal["zero", "least", "any"]] = "zero"
     """What it is where the student equals the teacher: zero, its least value, or neither."""
@@ -144,10 +175,10 @@ class DistillationLoss(nn.Module):
         """A scalar, at least 0, averaged over the batch (dimension 0).
 
         Gradients must reach `student`; `teacher` arrives detached. While channels are pruned,
-        those of `student` may be masked: all zero.
+        those of `student` may be masked: all zero. Compute in float32 whatever the inputs are.
 
         Raises:
-            ValueError: the loss does not take tensors of these shapes.
+            ValueError: these shapes cannot be compared.
         """
         raise NotImplementedError
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -38,7 +39,11 @@ from slimkit.fields import (
     Positive,
     Ratios,
     Share,
+    TeacherName,
     bare,
+    is_file,
+    number_or,
+    one_or_more,
 )
 from slimkit.strict_yaml import load
 from slimkit.validation import Misfit, complaints
@@ -62,20 +67,121 @@ class PluginRef(_Node):
     options: Options = {}
 
 
+class Weight(_Node):
+    """A factor that changes over the training."""
+
+    value: Factor = Field(description="The factor; with warm-up, the one that is reached.")
+    schedule: Literal["constant", "linear", "cosine", "warm-up", "decay"] = Field(
+        default="constant",
+        description="Over `during`: linear and cosine go from `value` to `to`, decay too, by the "
+        "same fraction in equal times, and warm-up from 0 to `value`, linearly.",
+    )
+    to: Factor | None = Field(
+        default=None,
+        validate_default=True,
+        description="Where linear, cosine and decay end; null: 0, or 1 % of `value` for decay.",
+    )
+    during: tuple[Fraction, Fraction] = Field(
+        default=(0.0, 1.0), description="Begin and end, as fractions of the training."
+    )
+
+    @field_validator("to")
+    @classmethod
+    def _somewhere(cls, to: float | None, info: ValidationInfo) -> float | None:
+        schedule = info.data.get("schedule", "linear")
+        if to is not None and schedule in ("constant", "warm-up"):
+            raise ValueError(f"is where a schedule ends that {schedule} has not: leave it out")
+        if schedule == "decay" and (to == 0 or info.data.get("value") == 0):
+            raise ValueError("decay never reaches 0: choose linear, or more than 0")
+        return to
+
+    @field_validator("during")
+    @classmethod
+    def _in_order(cls, during: tuple[float, float]) -> tuple[float, float]:
+        if during[0] > during[1]:
+            raise ValueError(f"should begin before it ends, not {list(during)}")
+        return during
+
+
+if TYPE_CHECKING:
+    AWeight = float | Weight
+else:  # a union would put its members' names into the paths of problems
+    AWeight = Annotated[Weight, number_or(Factor | Weight), PlainSerializer(lambda weight: weight)]
+
+
 class Loss(PluginRef):
     """A distillation loss, where it is applied, and its share."""
 
     at: Place = Field(
         default="output",
         description="Whose tensors to compare: 'output', the path of a module, or the student's "
-        "and the teacher's path.",
+        "and the teacher's path. A part of what a module gives: output.logits, head.cls[0], "
+        'backbone["c3"]. Each side is a list where a loss compares several places at once, and '
+        "[[first, second]] means the same on both.",
     )
-    weight: Factor = Field(default=1.0, description="Factor in the sum of losses.")
+    weight: AWeight = Field(
+        default=1.0, description="Factor in the sum of losses, or a schedule of it."
+    )
 
     @property
-    def places(self) -> tuple[str, str]:
-        """Where the student's and where the teacher's tensor is taken."""
-        return (self.at, self.at) if isinstance(self.at, str) else self.at
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Where the student's and where the teacher's tensors are taken."""
+        student, teacher = (self.at, self.at) if isinstance(self.at, str) else self.at
+        return (
+            (student,) if isinstance(student, str) else student,
+            (teacher,) if isinstance(teacher, str) else teacher,
+        )
+
+
+class Teacher(_Node):
+    """Whom the student learns from."""
+
+    name: TeacherName = Field(
+        description="dense: the model as it was before; ema: an average of the student's own "
+        "weights; mutual: a copy of the model that is trained beside the student and learns from "
+        "it; package.module:name of a function that returns a model; or the path of an artifact, "
+        "or of a weights file for the model itself.",
+    )
+    options: Options = {}
+    weights: Path | None = Field(
+        default=None,
+        description="State dict to load into the teacher; relative to the current folder.",
+    )
+    weight: Factor = Field(default=1.0, description="Its share among several teachers.")
+    decay: NotAll | None = Field(
+        default=None,
+        description="What the average of ema keeps of itself at a step; null: 0.999.",
+    )
+    learns: bool = Field(
+        default=False,
+        description="Whether it is a peer, trained beside the student by the same optimizer, that "
+        "learns from the student in turn; mutual always is.",
+    )
+
+    @property
+    def kind(self) -> Literal["dense", "ema", "mutual", "import", "file"]:
+        """What its name stands for."""
+        if self.name in ("dense", "ema", "mutual"):
+            return self.name  # type: ignore[return-value]  # one of these
+        return "file" if is_file(self.name) else "import"
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it gives the same for the same inputs throughout the training."""
+        return self.kind not in ("ema", "mutual") and not self.learns
+
+    @model_validator(mode="after")
+    def _options_of_its_kind(self) -> Self:
+        kind = self.kind
+        if self.options and kind != "import":
+            raise ValueError(f"{self.name} takes no options; package.module:name does")
+        if self.weights is not None and kind not in ("dense", "import"):
+            raise ValueError(f"{self.name} takes no weights; dense and package.module:name do")
+        if self.learns and kind in ("ema", "file"):
+            raise ValueError(f"{self.name} cannot learn; dense and package.module:name can")
+        if self.decay is not None and kind != "ema":
+            raise ValueError(f"{self.name} has no decay; ema has")
+        return self
 
 
 class Metric(_Node):
@@ -89,6 +195,8 @@ class Metric(_Node):
 
 AnImport = Annotated[Import, bare("target", str | Import)]
 APlugin = Annotated[PluginRef, bare("name", str | PluginRef)]
+ATeacher = Annotated[Teacher, bare("name", str | Teacher)]
+Teachers = Annotated[tuple[ATeacher, ...], one_or_more(str | Teacher | tuple[str | Teacher, ...])]
 ALoss = Annotated[Loss, bare("name", str | Loss)]
 AMetric = Annotated[Metric, bare("name", str | Metric)]
 
@@ -324,15 +432,53 @@ class Prune(_Node):
 
 
 class Distill(_Node):
-    """What the compressed model learns from a teacher."""
+    """What the compressed model learns from a teacher, or several."""
 
-    teacher: Literal["dense"] = Field(default="dense", description="The model as it was before.")
+    teacher: Teachers = Field(
+        default=(Teacher(name="dense"),),
+        description="The model as it was before (dense), or others; a list for several.",
+        json_schema_extra={"minItems": 1},
+    )
+    weighting: Literal["fixed", "confidence"] = Field(
+        default="fixed",
+        description="How several teachers share: each loss by their weights, or what they give is "
+        "averaged sample by sample, those counting most that are surest of the sample's label; the "
+        "first loss names their logits.",
+    )
     losses: tuple[ALoss, ...] = Field(
         default=(Loss(name="kl", options={"temperature": 4.0}, weight=0.5),),
         description="What is minimised next to the task's own loss.",
         json_schema_extra={"minItems": 1},
     )
-    label_weight: Factor = Field(default=1.0, description="Factor of the task's own loss.")
+    label_weight: AWeight = Field(
+        default=1.0, description="Factor of the task's own loss, or a schedule of it."
+    )
+    precision: Literal["bf16"] | None = Field(
+        default=None,
+        description="bf16: teachers compute in bfloat16; null: as the student trains.",
+    )
+    cache: Path | None = Field(
+        default=None,
+        description="Folder that keeps what fixed teachers give for inputs that come again, so "
+        "that they need not compute it twice; of use where training data are not augmented anew, "
+        "or the same training is run again.",
+    )
+
+    @field_validator("teacher")
+    @classmethod
+    def _one_at_least(cls, teachers: tuple[Teacher, ...]) -> tuple[Teacher, ...]:
+        if not teachers:
+            raise ValueError("names none; write 'distill: false' to learn from the labels only")
+        if not any(teacher.weight for teacher in teachers):
+            raise ValueError("all teachers have the weight 0: nothing would be learnt from them")
+        return teachers
+
+    @field_validator("weighting")
+    @classmethod
+    def _among_several(cls, weighting: str, info: ValidationInfo) -> str:
+        if weighting == "confidence" and len(info.data.get("teacher", (1, 2))) < 2:
+            raise ValueError("confidence is shared by several teachers; 'teacher' names one")
+        return weighting
 
     @field_validator("losses")
     @classmethod
@@ -340,6 +486,15 @@ class Distill(_Node):
         if not losses:
             raise ValueError("names no loss; write 'distill: false' to learn from the labels only")
         return losses
+
+    @field_validator("cache")
+    @classmethod
+    def _of_something(cls, cache: Path | None, info: ValidationInfo) -> Path | None:
+        teachers = info.data.get("teacher", ())
+        if cache is not None and teachers and not any(t.is_fixed for t in teachers):
+            names = ", ".join(t.name for t in teachers)
+            raise ValueError(f"{names} gives something else at each step: leave the cache out")
+        return cache
 
 
 class Quantize(_Node):

@@ -152,6 +152,63 @@ def test_a_plugin_that_cannot_be_used_as_written_is_a_problem(here, changes, pat
     assert message in problems[path]
 
 
+DISTILL = {
+    "teacher": ({"teacher": "their_models:resnet65"}, "distill.teacher", "mean 'resnet56'?"),
+    "options": (
+        {"teacher": {"name": "their_models:resnet", "options": {"dept": 3, "depth": 2}}},
+        "distill.teacher.options.dept",
+        "did you mean 'depth'?",
+    ),
+    "second": (
+        {"teacher": ["dense", "their_modles:resnet56"]},
+        "distill.teacher[1]",
+        "did you mean 'their_models'?",
+    ),
+    "no file": ({"teacher": "./big"}, "distill.teacher", "no file or folder './big'"),
+    "no artifact": ({"teacher": "./some"}, "distill.teacher", "holds no slimkit.json"),
+    "no weights": (
+        {"teacher": {"name": "dense", "weights": "better.pt"}},
+        "distill.teacher.weights",
+        "there is no file 'better.pt'",
+    ),
+    "cache": ({"cache": "their_data.py"}, "distill.cache", "is a file: name a folder"),
+    "two places": (
+        {"losses": ["kl", {"name": "fsp", "at": "layer1"}]},
+        "distill.losses[1].at",
+        "fsp compares 2 at once: write [[first, second]]",
+    ),
+    "one place": (
+        {"losses": [{"name": "hint", "at": [["layer1", "layer2"]]}]},
+        "distill.losses[0].at",
+        "hint compares 1 at once: write one entry for each place",
+    ),
+    "peer": (
+        {"teacher": "mutual", "losses": ["kl", {"name": "hint", "at": "layer1"}]},
+        "distill.losses[1]",
+        "hint learns parameters, which works one way only",
+    ),
+}
+
+
+@pytest.mark.parametrize(("section", "path", "message"), DISTILL.values(), ids=DISTILL)
+def test_distillation_that_cannot_work_as_written_is_a_problem(here, section, path, message):
+    (here / "some").mkdir()
+    problems = found(here, distill=section)
+    assert list(problems) == [path]
+    assert message in problems[path]
+
+
+def test_distillation_that_can_work_is_no_problem(here):
+    (here / "big").mkdir()
+    (here / "big" / "slimkit.json").touch()
+    section = {
+        "teacher": ["./big", {"name": "their_models:resnet", "options": {"depth": 3}}, "ema"],
+        "losses": ["dkd", {"name": "fsp", "at": [["a", "b"], ["c", "d"]]}, {"name": "crd"}],
+        "cache": "somewhere",
+    }
+    assert found(here, distill=section) == {}
+
+
 def test_a_missing_weights_file_is_a_problem(here):
     assert "there is no file 'dense.pt'" in found(here, weights="dense.pt")["weights"]
     (here / "dense.pt").touch()

@@ -111,9 +111,9 @@ def test_prune_takes_the_options_of_the_recipe_under_the_same_names():
 
 
 def test_a_loss_is_between_the_student_and_the_teachers_place():
-    assert [loss.places for loss in Recipe.parse(FULL).distill.losses] == [
-        ("output", "output"),
-        ("layer3", "layer4"),
+    assert [loss.sides for loss in Recipe.parse(FULL).distill.losses] == [
+        (("output",), ("output",)),
+        (("layer3",), ("layer4",)),
     ]
 
 
@@ -121,6 +121,73 @@ def test_further_trainer_arguments_are_kept():
     arguments = Recipe.parse(FULL).trainer.arguments
     assert arguments["precision"] == "bf16-mixed"
     assert "seed" not in arguments
+
+
+DISTILL_REFUSED = [
+    ("teacher[0].name", {"teacher": {"name": "other"}}),
+    ("teacher[1].name", {"teacher": ["dense", "enma"]}),
+    ("teacher[0].decay", {"teacher": {"name": "ema", "decay": 1}}),
+    ("teacher[0].decy", {"teacher": {"name": "ema", "decy": 0.9}}),
+    ("teacher[0].weight", {"teacher": {"name": "dense", "weight": -1}}),
+    ("teacher[0]", {"teacher": 3}),
+    ("teacher[0]", {"teacher": {"name": "dense", "options": {"depth": 3}}}),
+    ("teacher[0]", {"teacher": {"name": "dense", "decay": 0.9}}),
+    ("teacher[0]", {"teacher": {"name": "ema", "learns": True}}),
+    ("teacher[0]", {"teacher": {"name": "./big", "weights": "w.pt"}}),
+    ("teacher", {"teacher": {"name": "dense", "weight": 0}}),
+    ("cache", {"teacher": ["ema", "mutual"], "cache": "kept"}),
+    ("label_weight.value", {"label_weight": {}}),
+    ("label_weight.value", {"label_weight": {"value": -1}}),
+    ("label_weight.schedule", {"label_weight": {"value": 1, "schedule": "cubic"}}),
+    ("label_weight.to", {"label_weight": {"value": 1, "to": 2}}),
+    ("label_weight.to", {"label_weight": {"value": 1, "schedule": "warm-up", "to": 2}}),
+    ("label_weight.to", {"label_weight": {"value": 1, "schedule": "decay", "to": 0}}),
+    ("label_weight.to", {"label_weight": {"value": 0, "schedule": "decay"}}),
+    ("label_weight.during", {"label_weight": {"value": 1, "during": [0.5, 0.1]}}),
+    ("losses[0].weight.too", {"losses": [{"name": "kl", "weight": {"value": 1, "too": 2}}]}),
+    ("losses[0].at", {"losses": [{"name": "kl", "at": "a["}]}),
+    ("losses[0].at", {"losses": [{"name": "kl", "at": ["a", "b", "c"]}]}),
+    ("losses[0].at", {"losses": [{"name": "kl", "at": [["a"], []]}]}),
+]
+
+
+@pytest.mark.parametrize(("path", "section"), DISTILL_REFUSED)
+def test_distillation_out_of_bounds_is_one_problem_at_its_path(path, section):
+    assert list(problems({**BASE, "distill": section})) == [f"distill.{path}"]
+
+
+TAUGHT = {
+    "teacher": ["./big", {"name": "a.b:c", "options": {"depth": 3}, "weight": 2}, "ema"],
+    "weighting": "confidence",
+    "losses": [
+        {"name": "fsp", "at": [["a", "b[0]"]]},
+        {"name": "fsp", "at": [["a", "b"], ["c", 'd["e"]']]},
+        {"name": "kl", "weight": {"value": 1, "schedule": "cosine", "to": 0.1}},
+    ],
+    "label_weight": {"value": 1, "schedule": "warm-up", "during": [0, 0.2]},
+    "cache": "kept",
+    "precision": "bf16",
+}
+
+
+def test_teachers_schedules_and_places_survive_the_round_trip():
+    recipe = Recipe.parse({**BASE, "distill": TAUGHT})
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    distill = recipe.distill
+    assert [t.kind for t in distill.teacher] == ["file", "import", "ema"]
+    assert [t.is_fixed for t in distill.teacher] == [True, True, False]
+    assert [loss.sides for loss in distill.losses] == [
+        (("a", "b[0]"), ("a", "b[0]")),
+        (("a", "b"), ("c", 'd["e"]')),
+        (("output",), ("output",)),
+    ]
+
+
+def test_one_teacher_needs_no_list():
+    one = Recipe.parse({**BASE, "distill": {"teacher": "mutual"}}).distill.teacher
+    assert (
+        one == Recipe.parse({**BASE, "distill": {"teacher": [{"name": "mutual"}]}}).distill.teacher
+    )
 
 
 @pytest.mark.parametrize("off", [False, None])
@@ -182,8 +249,10 @@ REFUSED = {
     "prune.criterion": [3, ["l1"], None],
     "distill": [True],
     "distill.losses": [[], "kl"],
-    "distill.teacher": ["other"],
-    "distill.label_weight": [-1],
+    "distill.teacher": ["other", "enma", []],
+    "distill.weighting": ["confidence", "votes"],
+    "distill.precision": ["fp8"],
+    "distill.label_weight": [-1, True, "much", [], math.nan, math.inf],
     "quantize.train_from": [1.0, -0.1, 0.3],
     "quantize.calibration_batches": [0],
     "export": [[], ["ncnn", "ncnn"], "ncnn"],

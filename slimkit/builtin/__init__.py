@@ -42,7 +42,20 @@ def slimkit_losses() -> Iterator[Plugin]:
     """Distillation losses."""
     here = "slimkit.builtin.losses"
     yield Plugin("kl", f"{here}.kl:KL", "Divergence of class probabilities")
+    yield Plugin("dkd", f"{here}.dkd:DKD", "Target and other classes apart")
+    yield Plugin("dist", f"{here}.dist:DIST", "Correlation of class probabilities")
+    yield Plugin("bce-logits", f"{here}.bce_logits:BCELogits", "Each class as a yes or no")
     yield Plugin("feature-mse", f"{here}.feature_mse:FeatureMSE", "Squared distance of features")
+    yield Plugin("hint", f"{here}.hint:Hint", "Features through a projection")
+    yield Plugin("cosine", f"{here}.cosine:Cosine", "Direction of features")
+    yield Plugin("attention", f"{here}.attention:Attention", "Where features are strong")
+    yield Plugin("cwd", f"{here}.cwd:CWD", "Where each channel is strong")
+    yield Plugin("fsp", f"{here}.fsp:FSP", "How features turn into later ones")
+    yield Plugin("rkd", f"{here}.rkd:RKD", "Distances and angles of samples")
+    yield Plugin("similarity", f"{here}.similarity:Similarity", "Which samples are alike")
+    yield Plugin("pkt", f"{here}.pkt:PKT", "Which samples are neighbours")
+    yield Plugin("crd", f"{here}.crd:CRD", "Contrast with other samples")
+    yield Plugin("box", f"{here}.box:Box", "Overlap of boxes, for detectors")
 
 
 @hookimpl

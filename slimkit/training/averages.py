@@ -1,4 +1,4 @@
-"""Finds the averaged copies of a module that callbacks keep (EMA, stochastic weight averaging)."""
+"""Finds the averaged copies of a module: those of callbacks, and those that teach it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from slimkit.training.module import SlimModule
 
 
-def averages_of(module: SlimModule, trainer: pl.Trainer) -> list[nn.Module]:
-    """The networks in all `copies_of` the module.
+def averages_of(module: SlimModule, trainer: pl.Trainer | None) -> list[nn.Module]:
+    """The networks in all `copies_of` the module, and of its teachers those that average it.
 
     What happens to the network's channels must happen to its average's, or neither fits the other.
     """
-    return [copy.network for copy in copies_of(module, trainer)]
+    copies = [] if trainer is None else copies_of(module, trainer)
+    return [*(copy.network for copy in copies), *module.averaging_teachers]
 
 
 def copies_of(module: SlimModule, trainer: pl.Trainer) -> list[SlimModule]:

@@ -25,9 +25,12 @@ from slimkit.training.averages import averages_of
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
+from slimkit.training.learning import DistillationCallback
+from slimkit.training.loss_weights import is_constant, weight_at
 from slimkit.training.pruning import ChannelPruning
 from slimkit.training.quantization import QuantizationCallback, scheme_of
 from slimkit.training.sparsity import WeightPruning
+from slimkit.training.timeline import progress
 
 if TYPE_CHECKING:
     from slimkit.training.deployment import Release
@@ -107,7 +110,12 @@ class SlimModule(pl.LightningModule):
         self._dense = (own_copy(self.network).eval(),)
         distill = self.recipe.distill
         active = distill is not None and self.automatic_optimization
-        self._distillation = (Distillation(self.network, distill),) if active and distill else ()
+        self.distillation: tuple[Distillation, ...] = ()
+        if active and distill:
+            distillation = Distillation(
+                self.inner, self.network, distill, self.recipe.optimizer, self._tell
+            )
+            self.distillation = (distillation,)
         self._forward_hooks_of_inner()
 
     @property
@@ -119,6 +127,11 @@ class SlimModule(pl.LightningModule):
     def dense(self) -> nn.Module:
         """A copy of the network as it was given."""
         return self._dense[0]
+
+    @property
+    def averaging_teachers(self) -> list[nn.Module]:
+        """The networks of teachers that are averages of this one."""
+        return [a.network for distillation in self.distillation for a in distillation.averages]
 
     @property
     def phase(self) -> str:
@@ -141,6 +154,7 @@ class SlimModule(pl.LightningModule):
         if recipe.prune is not None:
             channels = recipe.prune.granularity == "channel"
             callbacks.append((ChannelPruning if channels else WeightPruning)(self, recipe.prune))
+        callbacks += [DistillationCallback(self, own) for own in self.distillation]
         if recipe.quantize is not None and recipe.quantize.train_from is not None:
             first = recipe.export[0].name
             callbacks.append(QuantizationCallback(self, recipe.quantize, first))
@@ -156,7 +170,7 @@ class SlimModule(pl.LightningModule):
             for backend in self.recipe.export:  # weight_bits that do not fit are said now
                 scheme_of(backend.name, self.recipe.quantize)
         self.inner.setup(stage)
-        if stage == "fit" and self.recipe.distill is not None and not self._distillation:
+        if stage == "fit" and self.recipe.distill is not None and not self.distillation:
             self.announce(
                 "no distillation: with manual optimization the loss is not slimkit's to change"
             )
@@ -171,6 +185,7 @@ class SlimModule(pl.LightningModule):
             "fake": None
             if self.fake is None
             else {"sites": dict(vars(self.fake.sites)), "state": self.fake.state},
+            "distillation": [distillation.state() for distillation in self.distillation],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -181,10 +196,12 @@ class SlimModule(pl.LightningModule):
         self.state = Progress(**saved["progress"])
         if saved["report"] is not None:
             report = PruningReport(**saved["report"])
-            averages = averages_of(self, self.trainer) if self._trainer is not None else []
-            for network in (self.network, *averages):
+            for network in (self.network, *averages_of(self, self._trainer)):
                 remove_(network, report.kept, report.attributes)
             self.network.slimkit_pruning = report  # type: ignore[assignment]
+        states = saved.get("distillation", ())
+        for distillation, state in zip(self.distillation, states, strict=False):
+            distillation.load(state)
         quantize = self.recipe.quantize
         if saved["fake"] is not None and quantize is not None:
             self.fake = FakeQuantization(
@@ -237,24 +254,42 @@ class SlimModule(pl.LightningModule):
             simulated = self._simulated(step)
             if self.recipe.prune is not None:
                 self.log("slimkit/macs_left", self.state.macs_left)
-            if not self._distillation:
+            if not self.distillation:
                 return simulated(*args, **kwargs)
-            distillation = self._distillation[0]
+            distillation = self.distillation[0]
             with distillation.watching() as caught:
                 output = simulated(*args, **kwargs)
             if output is None:
                 return None
             loss = output["loss"] if isinstance(output, Mapping) else output
-            total = distillation.recipe.label_weight * loss
             batch = args[0] if args else kwargs.get("batch")
+            batch_idx = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
+            now = self._now(distillation, batch_idx)
+            total = weight_at(distillation.recipe.label_weight, now) * loss
             compare = self._simulated(distillation.losses_of)
-            for name, value in compare(caught, batch).items():
+            terms = compare(caught, batch, batch_idx, now, self._trainer)
+            for name, value in terms.items():
                 self.log(f"distill/{name}", value.detach())
                 total = total + value
             self.state.distilled = True
             return {**output, "loss": total} if isinstance(output, Mapping) else total
 
         return train
+
+    def _now(self, distillation: Distillation, batch_idx: int) -> float:
+        """The fraction of the training that has passed; 0 where no weight asks for it."""
+        weights = {c.name: c.entry.weight for c in distillation.comparisons}
+        weights["labels"] = distillation.recipe.label_weight
+        scheduled = {name: weight for name, weight in weights.items() if not is_constant(weight)}
+        if not scheduled:
+            return 0.0
+        now = progress(self.trainer, batch_idx)
+        for name, weight in scheduled.items():
+            self.log(f"distill/weight/{name}", weight_at(weight, now))
+        return now
+
+    def _tell(self, line: str) -> None:
+        self.announce(line)
 
     def _forward_hooks_of_inner(self) -> None:
         """Let Lightning call every hook that the wrapped module overrides."""

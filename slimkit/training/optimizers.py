@@ -60,6 +60,8 @@ def add_group_(
     *,
     learning_rate_scale: float = 1.0,
     weight_decay: float = 0.0,
+    what: str = "learned ranges",
+    way_out: str = "choose quantizers without parameters (minmax, percentile)",
 ) -> None:
     """Let an optimizer in the middle of its work train `parameters` too, in a group of their own.
 
@@ -72,6 +74,8 @@ def add_group_(
         schedulers: all of the training; those of other optimizers are left alone.
         learning_rate_scale: the group's learning rate over the first one's.
         weight_decay: of the group.
+        what: the parameters are, for messages and for optimizers that name their groups.
+        way_out: from an optimizer that cannot train them.
 
     Raises:
         SlimkitError: the optimizer knows no groups.
@@ -82,8 +86,8 @@ def add_group_(
         return
     if isinstance(optimizer, torch.optim.LBFGS):
         raise SlimkitError(
-            "LBFGS cannot train learned ranges, as it knows no parameter groups: choose quantizers "
-            "without parameters (minmax, percentile), or another optimizer"
+            f"LBFGS cannot train {what}, as it knows no parameter groups: {way_out}, or take "
+            "another optimizer"
         )
     before = len(optimizer.param_groups)
     group = {k: copy.deepcopy(v) for k, v in optimizer.param_groups[0].items() if k != "params"}
@@ -91,7 +95,7 @@ def add_group_(
     if "weight_decay" in group:
         group["weight_decay"] = weight_decay
     if "name" in group:
-        group["name"] = "ranges"
+        group["name"] = what
     named = "param_names" in group and group.pop("param_names")
     optimizer.add_param_group({**group, "params": [*(new.items() if named else new.values())]})
     for scheduler in _each(schedulers):

@@ -47,10 +47,12 @@ from slimkit.training.pruning import (
 )
 from slimkit.training.pruning_scan import curves_of, starting
 from slimkit.training.ranks import of_the_first, several
+from slimkit.training.rehearsal import rehearse
 from slimkit.training.sparsity import weights_ratio
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
+_DENSE = "dense.safetensors"  # weights after the pretraining, for a resumed run
 
 
 @dataclass
@@ -105,6 +107,10 @@ def run(
     model = build(model_import.model_dump(), "model", nn.Module)
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
+    if recipe.pretrain is not None and not (work / _DENSE).is_file():
+        rehearse(
+            model, recipe, lambda: build(data_import.model_dump(), "data", pl.LightningDataModule)
+        )
     with timing.part("training the dense model"):
         model = _pretrained(recipe, model, data, work, say)
     module = SlimModule(model, recipe)
@@ -135,7 +141,7 @@ def run(
     say("exporting, running and measuring the files")
     with timing.part("exporting and measuring"):
         release = deploy(module, data, output)
-    for leftover in ("last.ckpt", "dense.safetensors", "recipe.sha256"):
+    for leftover in ("last.ckpt", _DENSE, "recipe.sha256"):
         (work / leftover).unlink(missing_ok=True)
     return release, timing
 
@@ -228,7 +234,7 @@ def _pretrained(
     """The model after the recipe's pretraining, if it asks for one; kept for a resumed run."""
     if recipe.pretrain is None:
         return model
-    kept = work / "dense.safetensors"
+    kept = work / _DENSE
     if kept.is_file():
         say("the dense model was trained already; going on")
         model.load_state_dict(load_file(kept))

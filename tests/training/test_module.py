@@ -459,7 +459,7 @@ def test_distillation_of_an_unhooked_forward_learns_from_the_simulation() -> Non
     losses = [{"name": "kl", "options": {"temperature": 1.0}}]
     slim = SlimModule(Around(), {"quantize": QAT["quantize"], "distill": {"losses": losses}})
     fit(slim, max_epochs=2)
-    slim._distillation[0].recipe = slim._distillation[0].recipe.model_copy(
+    slim.distillation[0].recipe = slim.distillation[0].recipe.model_copy(
         update={"label_weight": 0.0}
     )
     slim.network.eval()  # no batch statistics: student and simulation see the same

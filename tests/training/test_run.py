@@ -347,6 +347,37 @@ def test_bad_input_exits_with_2_and_says_what(project: Project, changes, message
     assert not (project.folder / "small").exists()
 
 
+@pytest.mark.parametrize(
+    ("distill", "message"),
+    [
+        (
+            {"teacher": {"name": "mine:net", "options": {"classes": 7}}},
+            "4 classes and the teacher 7",
+        ),
+        ({"losses": [{"name": "hint", "at": "33"}]}, "has no module '33'; did you mean '3'"),
+        ({"losses": [{"name": "cwd"}]}, "must be maps (batch, channels, *positions)"),
+        ({"losses": [{"name": "kl", "at": "output.logits"}]}, "in which there is no .logits"),
+    ],
+)
+def test_wrong_distillation_is_said_before_the_dense_model_is_trained(
+    project: Project, distill, message: str
+) -> None:
+    project.write(distill=distill, pretrain={"max_epochs": 1})
+    done = project.here()
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "training the dense model" not in done.stderr
+
+
+def test_looking_at_distillation_before_changes_nothing(project: Project, monkeypatch) -> None:
+    project.write(pretrain={"max_epochs": 1}, quantize=None)
+    assert project.here("-o", "one").returncode == 0
+    monkeypatch.setattr("slimkit.training.run.rehearse", lambda *args: None)
+    assert project.here("-o", "two").returncode == 0
+    name = "weights.safetensors"
+    assert project.manifest("one")["files"][name] == project.manifest("two")["files"][name]
+
+
 def test_empty_training_data_exits_with_2(project: Project) -> None:
     project.write(data="mine:Empty", trainer={"max_epochs": 0, "accelerator": "cpu"})
     done = project.here()

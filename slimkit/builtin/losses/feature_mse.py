@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from slimkit.builtin.losses.tensors import same_shape
 from slimkit.interfaces import DistillationLoss
 
 
@@ -12,7 +13,7 @@ class FeatureMSE(DistillationLoss):
     """Mean squared difference of two features of the same shape.
 
     Romero et al. 2015, FitNets, https://arxiv.org/abs/1412.6550, without their projection: where
-    pruning changed the student's width, name a layer whose channels are protected.
+    pruning changes the student's width, protect the layer or use ``hint``, which learns one.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -21,9 +22,6 @@ class FeatureMSE(DistillationLoss):
         Raises:
             ValueError: the shapes differ.
         """
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"student feature {tuple(student.shape)} and teacher feature "
-                f"{tuple(teacher.shape)} differ in shape; protect this layer from pruning"
-            )
+        way_out = "protect this layer from pruning, or use hint, which learns a projection"
+        same_shape(student, teacher, way_out)
         return functional.mse_loss(student.float(), teacher.float())

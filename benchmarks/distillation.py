@@ -1,0 +1,320 @@
+"""What distillation is worth: a pruned ResNet-56 and a ResNet-20 on CIFAR-10, loss by loss.
+
+    PYTHONPATH=.:benchmarks python benchmarks/distillation.py --data ../shared/data \
+        --work runs/distillation --output benchmarks/distillation.md
+
+Two tables. In the first, a ResNet-56 is pruned to 40 % of its multiply-accumulates with the
+default recipe, with labels only and with each loss that bears other widths, taught by its dense
+self. In the second, a ResNet-20 learns from nothing: from labels, from that ResNet-56 by each loss,
+and from several teachers. Rows of a table have the same data, seeds, epochs and optimizer; every
+loss stands beside the labels' loss with the one weight that is written here: kl's is the recipe's
+default, the others begin about as large as the labels' loss where a ResNet-20 learns from nothing.
+None was tuned by any accuracy.
+
+Dense networks are trained on the first --images training images. All are tested after the last
+epoch on the last --held-out training images, which nobody saw, and on the 1,000 test images. What
+is finished lies in --work and is not made again; a killed run goes on from its last epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from cifar10.data import Cifar10
+from cifar10.models import ResNet
+from torch import Tensor, nn
+from zoo.rows import machine
+
+from slimkit import SlimModule
+from slimkit.pruning.cost import macs
+
+TARGET = 0.4  # of the multiply-accumulates
+LAYERS = ("layer1", "layer2", "layer3")
+LABELS = "labels only"
+
+Row = dict[str, Any]
+
+
+def loss(name: str, at: Any = "output", weight: float = 1.0, **options: Any) -> dict[str, Any]:
+    """One entry of a recipe."""
+    return {"name": name, "at": at, "weight": weight, "options": options}
+
+
+ANY_WIDTH = {  # losses that need not know the student's channels
+    "kl": [loss("kl", weight=0.5, temperature=4.0)],
+    "dkd": [loss("dkd", weight=0.2, alpha=1.0, beta=2.0, temperature=4.0)],
+    "dist": [loss("dist", weight=0.5, inter=2.0, intra=2.0)],
+    "bce-logits": [loss("bce-logits", weight=4.0)],
+    "hint": [loss("hint", "layer3", 0.5)],
+    "attention": [loss("attention", at, 100.0) for at in LAYERS],
+    "rkd": [loss("rkd", weight=0.2, distance=25.0, angle=50.0)],
+    "similarity": [loss("similarity", "layer3", 1000.0)],
+    "pkt": [loss("pkt", "layer3", 500.0)],
+    "crd": [loss("crd", "layer3", 0.4)],
+}
+SAME_WIDTH = {
+    "feature-mse": [loss("feature-mse", "layer3", 0.5)],
+    "cosine": [loss("cosine", "layer3", 3.0)],
+    "cwd": [loss("cwd", "layer3", temperature=1.0)],
+    "fsp": [
+        loss("fsp", [["layer1", "layer2"]], 0.2),
+        loss("fsp", [["layer2", "layer3"]], 0.2),
+    ],
+}
+FADING = {"value": 2.0, "schedule": "linear", "to": 0.0}
+RISING = {"value": 1.0, "schedule": "warm-up", "during": [0.0, 0.5]}
+
+
+def saved(file: str, n: int) -> nn.Module:
+    """A network of depth 6 n + 2 with the weights of a file: what recipes here call a teacher."""
+    model = ResNet(n)
+    model.load_state_dict(torch.load(file))
+    return model
+
+
+def pruned_variants(given: argparse.Namespace) -> dict[str, Any]:
+    """Name to the distill section, for the first table."""
+    wanted = {name: {"losses": losses} for name, losses in ANY_WIDTH.items()}
+    wanted["kl, fading"] = {"losses": [{**ANY_WIDTH["kl"][0], "weight": FADING}]}
+    wanted["kl from an average of itself"] = {"losses": ANY_WIDTH["kl"], "teacher": "ema"}
+    wanted["kl + hint"] = {"losses": [*ANY_WIDTH["kl"], *ANY_WIDTH["hint"]]}
+    return {LABELS: False, **_chosen(wanted, given)}
+
+
+def taught_variants(given: argparse.Namespace) -> dict[str, Any]:
+    """Name to the distill section, for the second table."""
+    one, two = (
+        {"name": "distillation:saved", "options": {"file": str(dense_file(given, n)), "n": n}}
+        for n in (9, 5)
+    )
+    wanted = {
+        name: {"losses": losses, "teacher": one}
+        for name, losses in {**ANY_WIDTH, **SAME_WIDTH}.items()
+    }
+    kl = {"losses": ANY_WIDTH["kl"]}
+    wanted["kl, fading"] = {
+        "losses": [{**ANY_WIDTH["kl"][0], "weight": FADING}],
+        "label_weight": RISING,
+        "teacher": one,
+    }
+    wanted["kl from ResNet-56 and ResNet-32"] = {**kl, "teacher": [one, two]}
+    wanted["kl from both, by confidence"] = {
+        **kl,
+        "teacher": [one, two],
+        "weighting": "confidence",
+    }
+    peer = {"name": "distillation:peer", "learns": True}
+    wanted["kl with a peer"] = {"losses": [loss("kl", temperature=1.0)], "teacher": peer}
+    wanted["kl from an average of itself"] = {**kl, "teacher": "ema"}
+    return {LABELS: False, **_chosen(wanted, given)}
+
+
+def peer() -> nn.Module:
+    """A second ResNet-20 of other first weights, for mutual learning."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        return ResNet(3)
+
+
+def _chosen(wanted: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """Those whose first word is among --losses."""
+    names = given.losses.split(",") if given.losses else None
+    first = {name: name.replace(",", " ").split()[0] for name in wanted}
+    return {n: section for n, section in wanted.items() if names is None or first[n] in names}
+
+
+class Epochs(pl.Callback):
+    """Prints one line per epoch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.begin = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        """Say where the training is."""
+        if not trainer.sanity_checking:
+            seconds = time.perf_counter() - self.begin
+            accuracy = float(trainer.callback_metrics["val_accuracy"])
+            print(
+                f"{self.name}: epoch {trainer.current_epoch + 1}, {accuracy:.2%}, {seconds:.0f} s",
+                flush=True,
+            )
+
+
+def data_of(given: argparse.Namespace, seed: int) -> Cifar10:
+    """The first --images training images in an order of the seed, and those held out."""
+    return Cifar10(given.data, train_images=given.images, val_images=given.held_out, seed=seed)
+
+
+def trained(
+    model: nn.Module, recipe: dict[str, Any], epochs: int, given: argparse.Namespace, name: str
+) -> nn.Module:
+    """The network after the recipe's training; checkpoints lie under the work folder."""
+    seed = int(name.rpartition("-")[2])
+    pl.seed_everything(seed, verbose=False)
+    module = SlimModule(model, {"task": "classification", **recipe})
+    kept = pl.callbacks.ModelCheckpoint(given.work / name, save_last=True, save_top_k=0)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        precision="bf16-mixed",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[kept, Epochs(name)],
+    )
+    trainer.fit(module, datamodule=data_of(given, seed), ckpt_path="last")
+    return module.network.eval()
+
+
+def dense_file(given: argparse.Namespace, n: int) -> Path:
+    """Weights of a dense network of depth 6 n + 2, trained here unless --dense names them."""
+    if n == 9 and given.dense is not None:
+        return Path(given.dense)
+    file = given.work / f"dense{n}.pt"
+    if not file.exists():
+        recipe = {"optimizer": {"name": "sgd", "lr": 0.1}, "distill": False}
+        pl.seed_everything(n, verbose=False)
+        model = ResNet(n).to(memory_format=torch.channels_last)
+        model = trained(model, recipe, given.dense_epochs, given, f"dense{n}-0")
+        torch.save(model.state_dict(), file)
+    return file
+
+
+def network(table: str, section: Any, given: argparse.Namespace, name: str) -> nn.Module:
+    """The trained network of a row."""
+    if table == "pruned":
+        model = saved(str(dense_file(given, 9)), 9)
+        recipe = {"prune": {"target": {"flops": TARGET}}, "optimizer": {"lr": given.lr}}
+    else:
+        pl.seed_everything(int(name.rpartition("-")[2]), verbose=False)
+        model = ResNet(3)
+        recipe = {"optimizer": {"lr": 10 * given.lr}}
+    model = model.to(memory_format=torch.channels_last)
+    return trained(model, {**recipe, "distill": section}, given.epochs, given, name)
+
+
+def answers(model: nn.Module, data: Cifar10) -> tuple[Tensor, Tensor]:
+    """Whether each held-out and each test image is classified rightly, in float32."""
+    model.float().eval()
+    found = []
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        with torch.inference_mode():
+            found.append(torch.cat([model(x).argmax(1) == y for x, y in loader]))
+    return found[0], found[1]
+
+
+def row_of(table: str, variant: str, section: Any, seed: int, given: argparse.Namespace) -> Row:
+    """Train and test one variant with one seed, or read what was found before."""
+    plain = "".join(c if c.isalnum() else "_" for c in variant)
+    name = f"{table}-{plain}-{seed}"
+    file = given.work / f"{name}.json"
+    if file.exists():
+        found: Row = json.loads(file.read_text())
+        return found
+    begin = time.perf_counter()
+    model = network(table, section, given, name)
+    seconds = time.perf_counter() - begin
+    held, test = answers(model, data_of(given, seed))
+    row = {
+        "macs": macs(model, (torch.zeros(1, 3, 32, 32),)),
+        "held": held.int().tolist(),
+        "test": test.int().tolist(),
+        "minutes": seconds / 60,
+    }
+    aside = file.with_suffix(".partial")
+    aside.write_text(json.dumps(row))
+    aside.replace(file)
+    return row
+
+
+def table_of(rows: dict[str, list[Row]]) -> str:
+    """A Markdown table: accuracies, and differences from labels only on the same images."""
+    base = torch.tensor([r["held"] for r in rows[LABELS]], dtype=torch.float64)  # (seeds, images)
+    lines = [
+        "| learns from | MACs | held out | against labels only | test | minutes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, found in rows.items():
+        held = torch.tensor([r["held"] for r in found], dtype=torch.float64)
+        test = torch.tensor([r["test"] for r in found], dtype=torch.float64)
+        apart = held - base
+        per_image = apart.mean(0)
+        over_images = float(per_image.std()) / math.sqrt(len(per_image))
+        seeds = apart.mean(1)
+        spread = float(seeds.std()) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
+        error = math.hypot(over_images, spread)
+        versus = "" if name == LABELS else f"{apart.mean():+.2%} ± {error:.2%}"
+        lines.append(
+            f"| {name} | {sum(r['macs'] for r in found) / len(found) / 1e6:.1f} M | "
+            f"{held.mean():.2%} | {versus} | {test.mean():.1%} | "
+            f"{sum(r['minutes'] for r in found) / len(found):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "pruned": (
+        f"## ResNet-56 pruned to {TARGET:.0%} of its MACs, taught by its dense self",
+        pruned_variants,
+    ),
+    "taught": ("## ResNet-20 from nothing, taught by ResNet-56 and others", taught_variants),
+}
+
+
+def main() -> None:
+    """Train what is missing, print Markdown tables and write them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="the data folder")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and rows")
+    parser.add_argument("--tables", default="pruned,taught")
+    parser.add_argument("--losses", help="such as kl,hint; left out: all")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--dense-epochs", type=int, default=14)
+    parser.add_argument("--images", type=int, default=40_000, help="to train on")
+    parser.add_argument("--held-out", type=int, default=10_000, help="images to test on")
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--dense", help="weights of a ResNet-56 trained on the same images")
+    parser.add_argument("--output", type=Path, help="Markdown file for the tables")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    given.work.mkdir(parents=True, exist_ok=True)
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    parts = []
+    for table in given.tables.split(","):
+        title, variants = TABLES[table]
+        rows = {
+            name: [row_of(table, name, section, seed, given) for seed in seeds]
+            for name, section in variants(given).items()
+        }
+        parts += [title, table_of(rows)]
+    parts.append(
+        f"Trained on {given.images:,} images for {given.epochs} epochs (dense teachers: "
+        f"{given.dense_epochs}), last epoch, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, SGD "
+        f"with cosine, learning rate {given.lr} (pruned) and {10 * given.lr:g}, bf16. Top-1 in "
+        f"float32 on {given.held_out:,} images held out and on 1,000 test images; differences are "
+        "paired, with their standard error over images and seeds. Weights of the losses are those "
+        "in benchmarks/distillation.py, not tuned. Minutes on a machine shared with other work "
+        f"({machine('torch')})."
+    )
+    found = "\n\n".join(parts) + "\n"
+    print(found)
+    if given.output is not None:
+        given.output.write_text(found)
+
+
+if __name__ == "__main__":
+    main()

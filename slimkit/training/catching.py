@@ -1,0 +1,81 @@
+"""Catches what modules of a network give during a forward that somebody else calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimkit.errors import SlimkitError
+from slimkit.places import Place, describe
+
+
+class Catch:
+    """What one forward took and gave; of several forwards, the last.
+
+    Args:
+        who: as messages call the network, such as ``the student``.
+    """
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+        self.called = False
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: Mapping[str, Any] = {}
+        self.given: dict[str, Any] = {}  # path of the module -> what it gave
+
+    def tensor(self, place: Place) -> Tensor:
+        """What was given there; of a list of one, its only tensor.
+
+        Raises:
+            SlimkitError: the module did not run, or gave no single tensor there.
+        """
+        if place.module not in self.given:
+            raise SlimkitError(
+                f"at {place.text!r}, {self.who} computed nothing: its forward does not call "
+                f"the module {place.module!r} (a list of modules is never called): name one that "
+                "it calls"
+            )
+        try:
+            value = place.pick(self.given[place.module])
+        except SlimkitError as error:
+            raise SlimkitError(f"at {place.text!r} of {self.who}: {error}") from error
+        if isinstance(value, list | tuple) and len(value) == 1:
+            value = value[0]
+        if not isinstance(value, Tensor):
+            raise SlimkitError(
+                f"at {place.text!r}, {self.who} gives {describe(value)}, not a tensor: name a part "
+                "of it, such as output[0] or output.logits, or another module"
+            )
+        return value
+
+
+def module_paths(network: nn.Module) -> list[str]:
+    """The paths of all its modules, shared ones under each."""
+    return [name for name, _ in network.named_modules(remove_duplicate=False) if name]
+
+
+@contextmanager
+def catching(network: nn.Module, places: Iterable[Place], who: str) -> Iterator[Catch]:
+    """Inside, what `network` takes, and what its modules give at `places`, is caught."""
+    catch = Catch(who)
+
+    def entered(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        catch.called, catch.args, catch.kwargs = True, args, kwargs
+
+    def left(path: str) -> Any:
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            catch.given[path] = output
+
+        return keep
+
+    handles: list[Any] = [network.register_forward_pre_hook(entered, with_kwargs=True)]
+    for path in dict.fromkeys(place.module for place in places):
+        handles.append(network.get_submodule(path).register_forward_hook(left(path)))
+    try:
+        yield catch
+    finally:
+        for handle in handles:
+            handle.remove()
