@@ -168,6 +168,10 @@ class DistillationLoss(nn.Module):
             ValueError: these shapes cannot be compared.
         """
 
+    compares_samples: ClassVar[bool] = False
+    """Whether samples of a batch are compared with each other: then the loss of a batch that holds
+    each of them twice may be another."""
+
     when_equal: ClassVar[Literal["zero", "least", "any"]] = "zero"
     """What it is where the student equals the teacher: zero, its least value, or neither."""
 

@@ -34,6 +34,53 @@ class MinimalAtEqual(DistillationLoss):
         return -(wanted * student.float().log_softmax(1)).sum(1).mean()
 
 
+class Demanding(DistillationLoss):
+    """Compares two places, by the labels, through a projection that it makes when it sees them."""
+
+    needs = frozenset({"labels"})
+    places = 2
+
+    def __init__(self):
+        super().__init__()
+        self.projection = None
+
+    def prepare(self, student, teacher):
+        width = student[0].shape[1]
+        self.projection = torch.nn.Linear(width, width, bias=False)
+        torch.nn.init.eye_(self.projection.weight)
+
+    def forward(self, student, teacher, *, labels):
+        total = 0.0
+        for s, t in zip(student, teacher, strict=True):
+            moved = self.projection(s.float().movedim(1, -1)) - t.float().movedim(1, -1)
+            each = moved.abs().flatten(1).mean(1)
+            total = total + (each * (1 + labels)).mean()
+        return total
+
+
+class Relational(DistillationLoss):
+    """Compares distances between samples."""
+
+    compares_samples = True
+
+    def forward(self, student, teacher):
+        s, t = (torch.pdist(x.float().flatten(1) + 0.1) for x in (student, teacher))
+        return (s / 100 - t / 100).abs().mean()
+
+
+class OneOfTwo(Demanding):
+    """Looks at its second place only."""
+
+    def forward(self, student, teacher, *, labels):
+        return super().forward(student[1:], teacher[1:], labels=labels)
+
+
+class RelationalUnsaid(Relational):
+    """Does not say that it compares samples."""
+
+    compares_samples = False
+
+
 class Unspoken(DistillationLoss):
     """Fails on what it does not take without saying why."""
 
@@ -131,6 +178,8 @@ MUTANTS = {
     Greedy: "gradient_reaches_the_student_only",
     Writing: "gradient_reaches_the_student_only",
     Summing: "is_the_mean_over_the_batch",
+    RelationalUnsaid: "is_the_mean_over_the_batch",
+    OneOfTwo: "gradient_reaches_the_student_only",
     Narrow: "half_precision",
     Normalizing: "masked_channels",
 }
@@ -141,7 +190,7 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("right", [Right, MapsOnly, MinimalAtEqual])
+@pytest.mark.parametrize("right", [Right, MapsOnly, MinimalAtEqual, Demanding, Relational])
 def test_a_right_loss_keeps_every_promise(right):
     assert broken_by(LOSS, subject_of("loss", right)) == set()
 

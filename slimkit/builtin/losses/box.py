@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Box(DistillationLoss):
             as the objectness in YOLOX's rows; boxes are weighed by it, after a clamp to [0, 1].
             None weighs all alike.
     """
+
+    when_equal: ClassVar[Literal["zero", "least", "any"]] = "any"  # boxes without an area
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class CRD(DistillationLoss):
         temperature: over 0; smaller looks at the nearest negatives only.
     """
 
+    compares_samples: ClassVar[bool] = True
+    when_equal: ClassVar[Literal["zero", "least", "any"]] = "any"  # as its linear maps are learned
     student_channels: ClassVar[Mapping[str, int]] = {"student.weight": 1}
     teacher_channels: ClassVar[Mapping[str, int]] = {"teacher.weight": 1}
 

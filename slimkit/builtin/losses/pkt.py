@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,6 +20,8 @@ class PKT(DistillationLoss):
     (1 + cosine) / 2, over the sum of these; features of student and teacher may have any width. A
     sample is its own neighbour too, as in the authors' code.
     """
+
+    compares_samples: ClassVar[bool] = True
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Mean over samples in nats; features (batch, ...) of any shape.

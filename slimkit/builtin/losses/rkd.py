@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,6 +23,8 @@ class RKD(DistillationLoss):
         distance: factor of the distances.
         angle: factor of the angles; the paper's is twice that of the distances.
     """
+
+    compares_samples: ClassVar[bool] = True
 
     def __init__(self, *, distance: float = 1.0, angle: float = 2.0) -> None:
         super().__init__()

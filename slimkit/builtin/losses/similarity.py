@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,6 +19,8 @@ class Similarity(DistillationLoss):
     https://arxiv.org/abs/1907.09682. A matrix holds the products of all pairs of samples, each row
     divided by its L2 norm; features of student and teacher may have any width.
     """
+
+    compares_samples: ClassVar[bool] = True
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Squared difference over batch squared, without unit; features (batch, ...) of any shape.
