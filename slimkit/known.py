@@ -11,7 +11,7 @@ from slimkit.errors import SlimkitError
 PACKAGES: dict[str, dict[str, str]] = {
     "criterion": {"ria": "slimkit-ria"},
     "quantizer": {"octav": "slimkit-octav"},
-    "loss": {"cwd": "slimkit-cwd"},
+    "loss": {"pair-wise": "slimkit-skd"},
     "backend": {"aoti": "slimkit-aoti", "openvino": "slimkit-openvino"},
 }
 """By kind and name, the packages that slimkit's own repository has under ``plugins/``."""

@@ -136,9 +136,11 @@ def test_an_unknown_name_exits_with_2_and_the_nearest_one(slimkit):
 
 
 def test_a_plugin_of_a_package_that_is_not_in_use_is_named_with_it(slimkit):
-    done = slimkit("list-plugins", "cwd", SLIMKIT_PLUGINS="")
+    done = slimkit("list-plugins", "pair-wise", SLIMKIT_PLUGINS="")
     assert done.returncode == 2
-    assert re.match(r"Error: no plugin is called 'cwd'; slimkit-cwd (\S+ )?has it", done.stderr)
+    assert re.match(
+        r"Error: no plugin is called 'pair-wise'; slimkit-skd (\S+ )?has it", done.stderr
+    )
 
 
 def test_a_broken_package_is_one_line_and_fails_only_the_strict_list(slimkit, broken_package):

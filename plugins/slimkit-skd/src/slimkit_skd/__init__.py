@@ -1,4 +1,4 @@
-"""Tells slimkit that this package has the distillation loss ``cwd``; imports nothing heavy."""
+"""Tells slimkit that this package has the loss ``pair-wise``; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from slimkit.hookspecs import Plugin, hookimpl
 @hookimpl
 def slimkit_losses() -> Iterator[Plugin]:
     """The distillation loss of this package."""
-    yield Plugin("cwd", "slimkit_cwd.loss:CWD", "Where each channel looks")
+    yield Plugin("pair-wise", "slimkit_skd.loss:PairWise", "Which places of an image look alike")

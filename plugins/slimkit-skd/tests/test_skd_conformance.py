@@ -1,6 +1,6 @@
 from slimkit.testing import conformance
 
 
-@conformance("slimkit-cwd", options={"loss:cwd": [{}, {"temperature": 1.0}]})
+@conformance("slimkit-skd", options={"loss:pair-wise": [{}, {"patch": 2}]})
 def test_conformance(check):
     check()
