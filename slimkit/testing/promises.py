@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -73,25 +72,17 @@ class Promise:
         Raises:
             UnavailableError: this machine lacks the runtime or the device.
         """
-        cases = iter(self.cases(subject))
-        for number in itertools.count():
-            case: Any = None
-            try:
-                case = next(cases, _END)
-                if case is _END:
-                    return None if number else Broken(self, subject, "no case at all", "none")
+        case: Any = None
+        try:
+            for case in self.cases(subject):
                 came = self.breach(subject, case)
-            except UnavailableError:
-                raise
-            except (Exception, SystemExit) as error:
-                came = _raised(error)
-            if came is not None:
-                told = "before the first case" if case is None else str(case)
-                return Broken(self, subject, came, told)
-        raise AssertionError("unreachable")
-
-
-_END = object()
+                if came is not None:
+                    return Broken(self, subject, came, str(case))
+        except UnavailableError:
+            raise
+        except (Exception, SystemExit) as error:
+            return Broken(self, subject, _raised(error), str(case or "before the first case"))
+        return None if case is not None else Broken(self, subject, "nothing to try it on", "none")
 
 
 @dataclass(frozen=True)
