@@ -129,6 +129,6 @@ def main(sentence: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not sys.argv[1].strip():
+    if len(sys.argv) != 2 or not sys.argv[1].strip() or sys.argv[1].startswith("-"):
         sys.exit("say in one sentence what changes for plugins: it goes into the CHANGELOG")
     main(sys.argv[1])
