@@ -44,7 +44,9 @@ class PairWise(DistillationLoss):
                 f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be maps "
                 "(batch, channels, height, width) that differ in channels only"
             )
-        return functional.mse_loss(*(similarities(x, self.patch) for x in (student, teacher)))
+        return functional.mse_loss(
+            similarities(student, self.patch), similarities(teacher, self.patch)
+        )
 
 
 def similarities(x: Tensor, patch: int) -> Tensor:
