@@ -28,7 +28,7 @@ demo: $(DEMO)/.ready  ## prune, distil, quantize, export and prove, on real data
 	$(DEMO)/bin/slimkit run demo --output runs/demo
 
 test: lint  ## all checks of CI
-	$(TEST)/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(TEST)/.ready  ## tests that take minutes
 	$(TEST)/bin/python -m pytest -m slow

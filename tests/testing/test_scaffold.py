@@ -177,7 +177,7 @@ def test_a_module_that_is_in_the_way_is_refused(install):
     [
         ("criterion", "layer", "LayerCriterion"),
         ("quantizer", "none", "NoneQuantizer"),
-        ("loss", "cosine", "Cosine"),
+        ("loss", "huber", "Huber"),
         ("backend", "x1-y2", "X1Y2"),
     ],
 )
