@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="the data folder; left out: the variable SLIMKIT_DATA")
     parser.add_argument("--output", type=Path, help="Markdown file for the table")
-    parser.add_argument("--images", type=int, default=5000, help="validation images")
+    parser.add_argument("--images", type=int, default=2000, help="validation images")
     parser.add_argument("--groups", type=int, help="only the first groups; left out: all")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
