@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 
 from slimkit.cli import main as cli
@@ -249,3 +250,10 @@ def test_a_failure_in_other_code_names_its_file_and_exits_with_2(monkeypatch, ca
     printed = capsys.readouterr().err
     assert "Traceback" in printed
     assert f"Error: {__file__} raised ZeroDivisionError: inside" in printed
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_is_laid_out_for_people(name):
+    context = click.Context(cli.slimkit, info_name="slimkit")
+    command = cli.slimkit.get_command(context, name)
+    assert "\\b" not in command.get_help(click.Context(command, context, info_name=name))

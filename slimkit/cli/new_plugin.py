@@ -19,7 +19,7 @@ from slimkit.registry import kinds
     help="Folder to write the package's own folder into; left out, the present one.",
 )
 def new_plugin(kind: str, name: str, output: Path) -> None:
-    r"""Write a package for a new plugin.
+    """Write a package for a new plugin.
 
     KIND is what it is, NAME what a recipe will call it: lower-case letters, digits and hyphens.
     The folder slimkit-NAME holds pyproject.toml, the record that slimkit finds, a class with its
@@ -36,7 +36,7 @@ def new_plugin(kind: str, name: str, output: Path) -> None:
 
     The tests run slimkit's conformance suite, which has a check for every promise that slimkit
     relies on. Exits with 2 where the name is no valid one, or taken.
-    """
+    """  # noqa: D301  (click reads the escape)
     from slimkit.scaffold.naming import names_for
     from slimkit.scaffold.package import write_package
 
