@@ -5,6 +5,7 @@ import json
 import operator
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -51,12 +52,14 @@ def broken_package(tmp_path):
 
 
 def fastest(run, *args):
-    """Seconds of the whole process, the best of seven."""
+    """Seconds of the whole process, the best of seven; not those in which others compute."""
     times = []
     for _ in range(7):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run(*args)
-        times.append(time.perf_counter() - start)
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+        times.append(min(wall, busy + 0.05))
         assert done.returncode == 0, done.stderr
     return min(times)
 
