@@ -34,7 +34,7 @@ test-slow: $(TEST)/.ready  ## tests that take minutes
 	$(TEST)/bin/python -m pytest -m slow
 
 test-alone: $(TEST)/.ready  ## the core without any plugin, and each plugin without the others
-	SLIMKIT_PLUGINS= OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 tests/testing tests/builtin tests/test_registry.py tests/test_cli.py
+	SLIMKIT_PLUGINS= OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 tests/testing/test_conformance.py tests/test_registry.py tests/test_cli.py
 	for p in $(PLUGINS:plugins/slimkit-%=%); do SLIMKIT_PLUGINS=$$p $(TEST)/bin/python -m pytest -m "not slow" plugins/slimkit-$$p/tests || exit 1; done
 
 lint: $(TEST)/.ready  ## style, types and the direction of imports
