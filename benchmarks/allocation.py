@@ -61,12 +61,12 @@ def accuracy(
     what = recipe(criterion, kind, share)
     assert what.prune is not None
     module = SlimModule(t.model, what)
-    network, section = module.network.eval(), what.prune
-    coupling = coupling_of(network, t.example, section)
-    selector = selector_of(network, coupling, t.example, section, (), curves)
+    network, section, inputs = module.network.eval(), what.prune, (t.example,)
+    coupling = coupling_of(network, inputs, section)
+    selector = selector_of(network, coupling, inputs, section, (), curves)
     batches = list(data.train_dataloader())
     scores = scores_of(module.inner, network, coupling, section, batches)
-    cut_to_target_(network, selector, scores, Target("flops", share), t.example)
+    cut_to_target_(network, selector, scores, Target("flops", share), inputs)
     reestimate_(network, batches, section.batchnorm_batches)
     return t.of(network.eval())
 
