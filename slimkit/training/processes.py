@@ -14,6 +14,10 @@ def is_first() -> bool:
     return getattr(rank_zero_only, "rank", None) in (None, 0)
 
 
+def nothing(_line: str) -> None:
+    """Says nothing: only the first process speaks."""
+
+
 def join(accelerator: str) -> None:
     """Meet the others now where torchrun has started them all at once; Lightning would do it later.
 

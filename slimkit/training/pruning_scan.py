@@ -29,6 +29,7 @@ from slimkit.training.digest import digest
 from slimkit.training.evaluation import muted
 from slimkit.training.measure import measure_of
 from slimkit.training.module import SlimModule
+from slimkit.training.processes import nothing
 from slimkit.training.pruning import coupling_of, scores_of
 from slimkit.training.scan import trained
 
@@ -36,7 +37,7 @@ Say = Callable[[str], None]
 
 BATCH = 64  # samples: a point is looked at after each batch
 JOURNAL = "pruning.jsonl"
-START = ("accelerator", "devices", "strategy", "num_nodes")  # what of a trainer starts processes
+_START = ("accelerator", "devices", "strategy", "num_nodes")  # what of a trainer starts processes
 
 
 def scan_pruning(
@@ -70,7 +71,7 @@ def scan_pruning(
 
 def starting(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe's trainer decides where and in how many processes it runs."""
-    return {k: v for k, v in recipe.trainer.arguments.items() if k in START}
+    return {k: v for k, v in recipe.trainer.arguments.items() if k in _START}
 
 
 def curves_of(
@@ -146,7 +147,7 @@ class _Scan(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Scan this process's groups, and gather those of all."""
-        say = self.say if self.global_rank == 0 else _nothing
+        say = self.say if self.global_rank == 0 else nothing
         inner, section = self.inner, self.section
         network = inner.model if isinstance(inner, Classification) else inner
         moved = _Moved(self.batches, inner, self.device)
@@ -223,10 +224,6 @@ class _Scan(pl.LightningModule):
             "unit": unit,
         }
         return digest(json.dumps(what), network.state_dict(), batch)
-
-
-def _nothing(_line: str) -> None:
-    """Only the first process speaks."""
 
 
 def _entry(number: int, group: str, sums: Mapping[int, Sums]) -> Any:

@@ -36,10 +36,7 @@ def average_gradients_(parameters: Iterable[Tensor]) -> None:
     for p in learning:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    for gradients in _by_type(p.grad for p in learning if p.grad is not None):
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        _spread_(flat / dist.get_world_size(), gradients)
+    average_(p.grad for p in learning if p.grad is not None)
 
 
 @torch.no_grad()

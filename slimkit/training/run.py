@@ -37,7 +37,7 @@ from slimkit.training.deployment import Loaders, Release, deploy, rejected
 from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
-from slimkit.training.processes import is_first, join, meet, part
+from slimkit.training.processes import is_first, join, meet, nothing, part
 from slimkit.training.pruning import (
     coupling_of,
     scores_of,
@@ -96,7 +96,7 @@ def run(
     if is_first():
         _prepare(recipe, output, work, fresh)
     else:
-        say = _nothing
+        say = nothing
     meet()
     timing = Timing()
     with muted():
@@ -159,10 +159,6 @@ def _prepare(recipe: Recipe, output: Path, work: Path, fresh: bool) -> None:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     (work / "recipe.sha256").write_text(key)
-
-
-def _nothing(_line: str) -> None:
-    """Only the first process speaks."""
 
 
 def _needed(recipe: Recipe) -> tuple[Import, Import]:
