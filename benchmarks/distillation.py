@@ -32,10 +32,10 @@ import pytorch_lightning as pl
 import torch
 from cifar10.data import Cifar10
 from cifar10.models import ResNet
+from long_training import trained
 from torch import Tensor, nn
 from zoo.rows import machine
 
-from slimkit import SlimModule
 from slimkit.pruning.cost import macs
 
 TARGET = 0.4  # of the multiply-accumulates
@@ -133,48 +133,17 @@ def _chosen(wanted: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]
     return {n: section for n, section in wanted.items() if names is None or first[n] in names}
 
 
-class Epochs(pl.Callback):
-    """Prints one line per epoch."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.begin = time.perf_counter()
-
-    def on_validation_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
-        """Say where the training is."""
-        if not trainer.sanity_checking:
-            seconds = time.perf_counter() - self.begin
-            accuracy = float(trainer.callback_metrics["val_accuracy"])
-            print(
-                f"{self.name}: epoch {trainer.current_epoch + 1}, {accuracy:.2%}, {seconds:.0f} s",
-                flush=True,
-            )
-
-
 def data_of(given: argparse.Namespace, seed: int) -> Cifar10:
     """The first --images training images in an order of the seed, and those held out."""
     return Cifar10(given.data, train_images=given.images, val_images=given.held_out, seed=seed)
 
 
-def trained(
+def row_trained(
     model: nn.Module, recipe: dict[str, Any], epochs: int, given: argparse.Namespace, name: str
 ) -> nn.Module:
-    """The network after the recipe's training; checkpoints lie under the work folder."""
+    """The network after the recipe's training, with the seed that ends its name."""
     seed = int(name.rpartition("-")[2])
-    pl.seed_everything(seed, verbose=False)
-    module = SlimModule(model, {"task": "classification", **recipe})
-    kept = pl.callbacks.ModelCheckpoint(given.work / name, save_last=True, save_top_k=0)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        precision="bf16-mixed",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[kept, Epochs(name)],
-    )
-    trainer.fit(module, datamodule=data_of(given, seed), ckpt_path="last")
-    return module.network.eval()
+    return trained(model, recipe, epochs, data_of(given, seed), given.work / name, seed)
 
 
 def dense_file(given: argparse.Namespace, n: int) -> Path:
@@ -186,7 +155,7 @@ def dense_file(given: argparse.Namespace, n: int) -> Path:
         recipe = {"optimizer": {"name": "sgd", "lr": 0.1}, "distill": False}
         pl.seed_everything(n, verbose=False)
         model = ResNet(n).to(memory_format=torch.channels_last)
-        model = trained(model, recipe, given.dense_epochs, given, f"dense{n}-0")
+        model = row_trained(model, recipe, given.dense_epochs, given, f"dense{n}-0")
         torch.save(model.state_dict(), file)
     return file
 
@@ -201,7 +170,7 @@ def network(table: str, section: Any, given: argparse.Namespace, name: str) -> n
         model = ResNet(3)
         recipe = {"optimizer": {"lr": 10 * given.lr}}
     model = model.to(memory_format=torch.channels_last)
-    return trained(model, {**recipe, "distill": section}, given.epochs, given, name)
+    return row_trained(model, {**recipe, "distill": section}, given.epochs, given, name)
 
 
 def answers(model: nn.Module, data: Cifar10) -> tuple[Tensor, Tensor]:

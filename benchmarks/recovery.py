@@ -25,14 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from cifar10.data import Cifar10
 from cifar10.models import ResNet
+from long_training import trained
 from torch import Tensor, nn
 from zoo.rows import machine
 
-from slimkit import SlimModule
 from slimkit.pruning.cost import macs
 
 N = 9  # ResNet-56
@@ -44,41 +43,12 @@ FROM_SCRATCH = {"optimizer": {"name": "sgd", "lr": 0.1}, "distill": False}
 Row = dict[str, Any]
 
 
-class Epochs(pl.Callback):
-    """Prints one line per epoch, and goes on where a killed run stopped."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.begin = time.perf_counter()
-
-    def on_validation_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
-        """Say where the training is."""
-        if not trainer.sanity_checking:
-            seconds = time.perf_counter() - self.begin
-            accuracy = float(trainer.callback_metrics["val_accuracy"])
-            epoch = trainer.current_epoch + 1
-            print(f"{self.name}: epoch {epoch}, {accuracy:.2%}, {seconds:.0f} s", flush=True)
-
-
-def trained(
+def row_trained(
     model: nn.Module, recipe: dict[str, Any], epochs: int, given: argparse.Namespace, name: str
 ) -> nn.Module:
     """The network after the recipe's training; checkpoints lie under the work folder."""
-    pl.seed_everything(SEED, verbose=False)
-    module = SlimModule(model, {"task": "classification", **recipe})
-    folder = given.work / name
-    kept = pl.callbacks.ModelCheckpoint(folder, save_last=True, save_top_k=0)
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        precision="bf16-mixed",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[kept, Epochs(name)],
-    )
     data = Cifar10(given.data, train_images=TRAIN, val_images=HELD_OUT)
-    trainer.fit(module, datamodule=data, ckpt_path="last")
-    return module.network.eval()
+    return trained(model, recipe, epochs, data, given.work / name, SEED)
 
 
 def answers(model: nn.Module, data: Cifar10) -> tuple[Tensor, Tensor]:
@@ -96,7 +66,7 @@ def dense(given: argparse.Namespace) -> nn.Module:
     model = ResNet(N).to(memory_format=torch.channels_last)
     file = given.work / "dense.pt"
     if not file.exists():
-        trained_model = trained(model, FROM_SCRATCH, given.dense_epochs, given, "dense")
+        trained_model = row_trained(model, FROM_SCRATCH, given.dense_epochs, given, "dense")
         torch.save(trained_model.state_dict(), file)
     model.load_state_dict(torch.load(file))
     return model
@@ -105,7 +75,7 @@ def dense(given: argparse.Namespace) -> nn.Module:
 def slimkit_(model: nn.Module, given: argparse.Namespace, **sections: Any) -> nn.Module:
     """Pruned during the training as the default recipe says; `sections` change it."""
     recipe = {"prune": {"target": {"flops": TARGET}}, "optimizer": {"lr": given.lr}, **sections}
-    return trained(model, recipe, given.epochs, given, given.variant)
+    return row_trained(model, recipe, given.epochs, given, given.variant)
 
 
 def torch_pruning(model: nn.Module, given: argparse.Namespace) -> nn.Module:
@@ -127,7 +97,7 @@ def torch_pruning(model: nn.Module, given: argparse.Namespace) -> nn.Module:
     while tp.utils.count_ops_and_params(model, x)[0] > TARGET * whole:
         pruner.step()
     recipe = {"distill": False, "optimizer": {"lr": given.lr}}
-    return trained(model, recipe, given.epochs, given, given.variant)
+    return row_trained(model, recipe, given.epochs, given, given.variant)
 
 
 VARIANTS: dict[str, Callable[[nn.Module, argparse.Namespace], nn.Module]] = {
