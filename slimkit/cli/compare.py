@@ -85,7 +85,12 @@ def compare(
     recipe = read_manifest(artifact).get("recipe") or {}
     if least is None:
         least = (recipe.get("gates") or {}).get("agreement") or 0.99
-    batches = _entered(_batches(artifact, data, recipe), model or recipe.get("model"), recipe)
+    batches = _batches(artifact, data, recipe)
+    built_by = {"target": model} if model is not None else recipe.get("model")
+    if built_by:
+        from slimkit.training.entering import entered
+
+        batches = entered(batches, built_by, recipe.get("network"))
     dense = None if model is None else build({"target": model}, "model", nn.Module)
     results = []
     for file in reopen(artifact, dense, backend=backend):
@@ -102,24 +107,6 @@ def compare(
             f"agreement: {', '.join(low)}, at least {least:g} was asked for"
             + ("" if per_layer else "; --per-layer finds the layer")
         )
-
-
-def _entered(batches: Iterable[Any], model: Any, recipe: dict[str, Any]) -> Iterable[Any]:
-    """The batches as the steps of a LightningModule pass them on; of other models as they are."""
-    if model is None:
-        return batches
-    import pytorch_lightning as pl
-    from torch import nn
-
-    from slimkit.copies import uncompiled_
-    from slimkit.importing import build
-    from slimkit.training.entering import Entered, Entry
-
-    what = {"target": model} if isinstance(model, str) else model
-    made = uncompiled_(build(what, "model", nn.Module))
-    if not isinstance(made, pl.LightningModule):
-        return batches
-    return Entered(batches, Entry(made, recipe.get("network")))
 
 
 def _batches(artifact: Path, data: str | None, recipe: dict[str, Any]) -> Iterable[Any]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from slimkit.batches import LABELS, beside, inputs_of
+from slimkit.copies import uncompiled_
 from slimkit.errors import SlimkitError
 from slimkit.evaluating import evaluating, replaced
+from slimkit.importing import build
 from slimkit.training.classification import Classification, network_of
 from slimkit.training.logged import logged
 
@@ -129,6 +131,20 @@ class Entered:
 
     def __iter__(self) -> Iterator[tuple[tuple[Any, ...]]]:
         return self.entry.each(self.batches)
+
+
+def entered(batches: Iterable[Any], model: Mapping[str, Any], path: str | None) -> Iterable[Any]:
+    """Batches as the steps of a LightningModule pass them on; of other models as they are.
+
+    Args:
+        batches: as the module's steps get them.
+        model: the import that builds it.
+        path: of the part that is the network.
+    """
+    made = uncompiled_(build(model, "model", nn.Module))
+    if not isinstance(made, pl.LightningModule):
+        return batches
+    return Entered(batches, Entry(made, path))
 
 
 class _Entered(BaseException):

@@ -296,8 +296,9 @@ class ChannelPruning(PruningCallback):
         )
         if self._twins is not None:
             state.twins = [(twin.path, twin.of) for twin in self._twins.moved()]
-            for more in self._twins.cut_(pairs).values():
-                report.kept.update(more)
+            kept, numbers = self._twins.cut_(pairs)
+            report.kept.update(kept)
+            report.attributes.update(numbers)
         shrink_optimizers_(trainer.optimizers, network, kept_positions(pairs), shapes)
         rewrap_(trainer)
         state.macs_left = macs(network, state.example_inputs) / report.macs[0]

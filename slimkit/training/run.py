@@ -26,6 +26,7 @@ from slimkit.deploy.folder import check_target
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Criterion
+from slimkit.parts import part_of
 from slimkit.progress import is_quiet
 from slimkit.pruning.prune import cut_to_target_
 from slimkit.pruning.report import PruningReport
@@ -108,6 +109,7 @@ def run(
     model = uncompiled_(build(model_import.model_dump(), "model", nn.Module))
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
+    part_of(model, recipe.network)  # one that is not there is said before any training
     if recipe.pretrain is not None and not (work / _DENSE).is_file():
         rehearse(
             model, recipe, lambda: build(data_import.model_dump(), "data", pl.LightningDataModule)

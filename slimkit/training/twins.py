@@ -53,23 +53,26 @@ class Twins:
             or not torch.equal(before.cpu(), _weight(self.inner, twin).cpu())
         ]
 
-    def cut_(self, pairs: Iterable[tuple[Group, Tensor]]) -> dict[str, Kept]:
-        """Cut those that have moved to what stays of the network; path in the network to positions.
+    def cut_(self, pairs: Iterable[tuple[Group, Tensor]]) -> tuple[Kept, Attributes]:
+        """Cut those that have moved to what stays of the network.
 
-        Those outside of the network have no path there and are left out of what is returned.
+        Returns:
+            The kept positions and the numbers of those that lie in the network, by their paths in
+            it, for its report.
         """
         pairs = list(pairs)
         kept, numbers = kept_positions(pairs), fitted(pairs)
         inside = {id(part): name for name, part in self.network.named_modules()}
-        found = {}
+        more_kept: Kept = {}
+        more_numbers: Attributes = {}
         for twin in self.moved():
             part = self.inner.get_submodule(twin.path)
             cut_twin_(part, twin.of, kept, numbers, pairs)
             if id(part) in inside:
-                name = inside[id(part)]
-                mine = _below(kept, twin.of)
-                found[name] = {f"{name}{key[len(twin.of) :]}": dims for key, dims in mine.items()}
-        return found
+                name, start = inside[id(part)], len(twin.of)
+                more_kept |= {name + k[start:]: v for k, v in _below(kept, twin.of).items()}
+                more_numbers |= {name + k[start:]: v for k, v in _below(numbers, twin.of).items()}
+        return more_kept, more_numbers
 
 
 def cut_twin_(
