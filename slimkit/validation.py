@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def option_types(cls: Callable[..., Any]) -> tuple[dict[str, Any], set[str]]:
-    """Annotation of each keyword-only argument of a class or function, and those without default."""
+    """Annotation of each keyword-only argument of a callable, and the names without default."""
     types, required = {}, set()
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:

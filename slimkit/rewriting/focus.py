@@ -2,8 +2,8 @@
 
 The slices are found by what they do, not by how they are written: the positions of the image are
 sent through them, and what comes out must be its blocks of b x b pixels as b b channels each. A
-k x k convolution of stride s over those is a (b k) x (b k) convolution of stride b s over the image,
-of the same products (YOLOv5 wrote its stem anew that way).
+k x k convolution of stride s over those is one of b k x b k and stride b s over the image, with the
+same products (YOLOv5 wrote its stem anew that way).
 """
 
 from __future__ import annotations

@@ -50,6 +50,11 @@ class OwnCalls:
         """That of the forward itself, by which others know the arguments."""
         return inspect.signature(self._forward)
 
+    @property
+    def __code__(self) -> Any:
+        """That of the forward itself, by which torch.export says where an operation comes from."""
+        return getattr(self._forward, "__code__")  # noqa: B009  (a Callable need not have it)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward."""
         with _Frame(self):

@@ -66,9 +66,7 @@ def _functional(drops: list[Call], gone: list[str], left: dict[str, str]) -> lis
         and (owner(call) or "the forward") not in left
     ]
     return [
-        Calls(
-            path, dict.fromkeys((c.op for c in rest if owner(c) == path), "its input"), count
-        )
+        Calls(path, dict.fromkeys((c.op for c in rest if owner(c) == path), "its input"), count)
         for path, count in Counter(map(owner, rest)).items()
     ]
 

@@ -52,7 +52,7 @@ def _noted(notes: Notes, func: Callable[..., Any], args: Any, kwargs: Any) -> An
 
 
 def _gated(notes: Notes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """x * sigmoid(x), written out."""
+    """Compute x * sigmoid(x), written out, as the one function."""
     if len(args) == 2:
         for gate, x in (args, args[::-1]):
             if id(gate) in notes and notes[id(gate)][1] is x:

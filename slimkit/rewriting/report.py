@@ -99,6 +99,12 @@ class RewritingReport:
         return [one.as_dict() for one in self.done]
 
 
+def summarized(report: RewritingReport | None) -> list[dict[str, Any]]:
+    """Plain data for people: without the changes themselves."""
+    listed = report.as_list() if report else []
+    return [{k: v for k, v in one.items() if k != "changes"} for one in listed]
+
+
 def report_in(saved: Sequence[Mapping[str, Any]]) -> RewritingReport:
     """The report that `RewritingReport.as_list`, and JSON, made plain."""
     return RewritingReport(

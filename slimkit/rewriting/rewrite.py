@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from slimkit.batches import as_inputs, inputs_of
 from slimkit.copies import copied
 from slimkit.errors import RewritingError
-from slimkit.evaluating import eagerly, untouched
+from slimkit.evaluating import eagerly, evaluating, untouched
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.rewriting.changes import Change, apply_
 from slimkit.rewriting.exactness import Noise, difference, outputs
@@ -105,10 +105,10 @@ def rewrite_(
             apply_(now, one.changes)
         else:
             if metric is None and evaluate is not None:
-                metric = evaluate(now)
+                metric = _evaluated(evaluate, now)
             one = _measured(one, now, measured)
             if evaluate is not None and metric is not None:
-                after = evaluate(now)
+                after = _evaluated(evaluate, now)
                 one, metric = replace(one, metric=(metric, after)), after
         done.append(one)
     report = RewritingReport(tuple(done))
@@ -170,6 +170,11 @@ def _measured(one: Rewritten, model: nn.Module, measured: Sequence[tuple[Any, ..
         noise.add(outputs(before, given), outputs(model, given))
         samples += _samples(given)
     return replace(one, sqnr_db=noise.sqnr_db, samples=samples)
+
+
+def _evaluated(evaluate: Evaluate, model: nn.Module) -> float:
+    with evaluating(model):
+        return float(evaluate(model))
 
 
 def _taken(data: Iterable[Any], model: nn.Module, batches: int) -> list[tuple[Any, ...]]:

@@ -22,6 +22,7 @@ from slimkit.registry import discover
 from slimkit.training.deployment import Loaders
 from slimkit.training.digest import digest
 from slimkit.training.evaluation import muted
+from slimkit.training.rewriting import rewrite_before_scan
 from slimkit.weights import load_weights
 
 
@@ -87,6 +88,8 @@ def trained(recipe: Recipe, say: Callable[[str], None]) -> tuple[nn.Module, pl.L
         load_weights(model, recipe.weights)
     elif recipe.pretrain is not None:
         say("the recipe has no weights: this scans the model as it is built, before any training")
+    if recipe.rewrite:
+        rewrite_before_scan(model, recipe, Loaders(data))
     return model, data
 
 
