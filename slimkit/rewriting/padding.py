@@ -39,6 +39,7 @@ def pad_channels(model: nn.Module, inputs: tuple[Any, ...], *, multiple: int = 8
     except PruningError as error:
         raise RewritingError(f"pad-channels: {error}") from error
     left = dict(coupling.frozen)
+    normed = {group.name for group in coupling.groups if group.normed}
     wanted: list[Padding] = []
     for group in coupling.groups:
         if group.channels % multiple == 0:
@@ -48,12 +49,13 @@ def pad_channels(model: nn.Module, inputs: tuple[Any, ...], *, multiple: int = 8
             left[group.name] = reason
         else:
             wanted.append(_padding(group, -group.channels % multiple))
-    return Found(_holding(model, inputs, wanted, left), left)
+    changes, failed = _holding(model, inputs, wanted)
+    for name, reason in failed.items():
+        left[name] = "something is computed over all of its channels" if name in normed else reason
+    return Found(changes, left)
 
 
 def _obstacle(group: Group) -> str:
-    if group.normed:
-        return "something is computed over all of its channels"
     if group.partial:
         return "some tensors hold only a part of its channels"
     if group.rescaled:
@@ -89,20 +91,21 @@ def _padding(group: Group, more: int) -> Padding:
 
 
 def _holding(
-    model: nn.Module, inputs: tuple[Any, ...], wanted: Sequence[Padding], left: dict[str, str]
-) -> list[Change]:
-    """The paddings that leave the outputs as they are, fitted to each other."""
+    model: nn.Module, inputs: tuple[Any, ...], wanted: Sequence[Padding]
+) -> tuple[list[Change], dict[str, str]]:
+    """The paddings that leave the outputs as they are, fitted to each other; why others do not."""
     together = _fitted(model, wanted)
     if not wanted or not _reason(model, inputs, together):
-        return together
+        return together, {}
     good: list[Padding] = []
+    failed: dict[str, str] = {}
     for one in wanted:
         reason = _reason(model, inputs, _fitted(model, [*good, one]))
         if reason:
-            left[one.group] = reason
+            failed[one.group] = reason
         else:
             good.append(one)
-    return _fitted(model, good)
+    return _fitted(model, good), failed
 
 
 def _fitted(model: nn.Module, paddings: Sequence[Padding]) -> list[Change]:

@@ -151,3 +151,15 @@ def test_channels_that_fit_already_are_nothing_to_do():
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     with pytest.raises(RewritingError, match="found nothing to do"):
         slimkit.rewrite(net, IMAGE, "pad-channels")
+
+
+def test_channels_that_a_norm_runs_over_are_left_with_the_reason():
+    net = nn.Sequential(
+        nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)
+    )
+    x = torch.randn(4, 8)
+    wide = slimkit.rewrite(net, x, "pad-channels")
+    assert [wide[i].out_features for i in (0, 2, 4)] == [6, 16, 3]
+    left = wide.slimkit_rewriting.done[0].left
+    assert left["0"] == "something is computed over all of its channels"
+    close(net, wide, x)
