@@ -32,7 +32,7 @@ def option_types(cls: Callable[..., Any]) -> tuple[dict[str, Any], set[str]]:
     return types, required
 
 
-def _resolved(cls: Callable[..., Any], name: str, annotation: Any) -> Any:
+def _resolved(cls: Any, name: str, annotation: Any) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
     if not isinstance(annotation, str):

@@ -95,7 +95,8 @@ def _swapped(
     options: Mapping[str, Any] | None = None,
 ) -> list[Change]:
     """Modules of exactly `kind` become another; forwards that call the function are replaced."""
-    modules, written = [], []
+    modules: list[Call] = []
+    written: list[Call] = []
     for call in calls:
         module = model.get_submodule(owner(call))
         plain = type(module) is kind and "forward" not in vars(module)

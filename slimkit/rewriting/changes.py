@@ -138,8 +138,8 @@ class Focus:
             spread[:, channel, row::b, column::b] = weight[:, k]
         _resize_(conv.weight, spread)
         conv.in_channels = channels
-        conv.kernel_size = tuple(b * k for k in conv.kernel_size)  # type: ignore[assignment]
-        conv.stride = tuple(b * s for s in conv.stride)  # type: ignore[assignment]
+        conv.kernel_size = tuple(b * k for k in conv.kernel_size)
+        conv.stride = tuple(b * s for s in conv.stride)
         assert not isinstance(conv.padding, str)
         conv.padding = tuple(b * p for p in conv.padding)
         OwnCalls.of(_module(model, self.owner)).passes[self.end] = self.source

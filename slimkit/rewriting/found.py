@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from slimkit.calls import Call, Trace, trace
-from slimkit.errors import RewritingError
+from slimkit.errors import PruningError, RewritingError
 from slimkit.evaluating import without_fast_paths
 from slimkit.pruning.patterns import check_pattern, covers
 from slimkit.rewriting.changes import Change
@@ -66,6 +66,9 @@ def _inside(path: str, pattern: str) -> bool:
 
 
 def check_places(model: nn.Module, at: Iterable[str]) -> None:
-    """Refuse a pattern that names no module; raises `PruningError`."""
+    """Refuse a pattern that names no module; raises `RewritingError`."""
     for pattern in at:
-        check_pattern("at", pattern, model)
+        try:
+            check_pattern("at", pattern, model)
+        except PruningError as error:
+            raise RewritingError(str(error)) from error

@@ -17,12 +17,14 @@ from slimkit.errors import PruningError, RewritingError, in_one_line
 from slimkit.pruning.coupling import Group
 from slimkit.pruning.prune import analyse
 from slimkit.pruning.removal import tensors_by_name
-from slimkit.rewriting.changes import NEW, Change, Padding
+from slimkit.rewriting.changes import NEW, Calls, Change, Padding
 from slimkit.rewriting.exactness import difference
-from slimkit.rewriting.found import Found
+from slimkit.rewriting.found import Found, owner, traced
 
 
-def pad_channels(model: nn.Module, inputs: tuple[Any, ...], *, multiple: int = 8) -> Found:
+def pad_channels(
+    model: nn.Module, inputs: tuple[Any, ...], *, multiple: int = 8, images: bool = False
+) -> Found:
     """Groups of coupled channels grow to the next multiple.
 
     What goes in and out of the whole model keeps its channels.
@@ -31,6 +33,7 @@ def pad_channels(model: nn.Module, inputs: tuple[Any, ...], *, multiple: int = 8
         model: not changed.
         inputs: the forward's arguments.
         multiple: of what the counts shall be.
+        images: also fill up, by an operation in front, what convolutions read of the inputs.
     """
     if multiple < 2:
         raise RewritingError(f"pad-channels: multiple should be at least 2, not {multiple}")
@@ -52,7 +55,29 @@ def pad_channels(model: nn.Module, inputs: tuple[Any, ...], *, multiple: int = 8
     changes, failed = _holding(model, inputs, wanted)
     for name, reason in failed.items():
         left[name] = "something is computed over all of its channels" if name in normed else reason
-    return Found(changes, left)
+    return Found([*changes, *(_images(model, inputs, multiple) if images else ())], left)
+
+
+def _images(model: nn.Module, inputs: tuple[Any, ...], multiple: int) -> list[Change]:
+    """Wider kernels, and an input filled up, for the convolutions that read the model's inputs."""
+    calls = traced(model, inputs)
+    changes: list[Change] = []
+    for path in dict.fromkeys(c.weight_path for c in calls.calls):
+        readers = [c for c in calls.calls if c.weight_path == path]
+        call = readers[0]
+        if path is None or any(c.inputs[0] not in calls.inputs for c in readers):
+            continue
+        module = model.get_submodule(owner(call))
+        plain = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+        if not plain or module.in_channels % multiple == 0:
+            continue
+        channels, more = module.in_channels, -module.in_channels % multiple
+        layout = (*range(channels), *[NEW] * more)
+        sizes = (channels, channels + more)
+        changes.append(Padding(f"input of {owner(call)}", sizes, {path: {1: layout}}))
+        wide = {call.op: "the same over an input filled up with zeros"}
+        changes.append(Calls(owner(call), wide, len(readers)))
+    return changes
 
 
 def _obstacle(group: Group) -> str:
@@ -75,7 +100,7 @@ def _padding(group: Group, more: int) -> Padding:
         layout: list[int] = []
         for channel, run in groupby(
             before or range(len(member.channel)),
-            key=lambda p, m=member: NEW if p == NEW else int(m.channel[p]),  # type: ignore[misc]
+            key=lambda p, m=member: NEW if p == NEW else int(m.channel[p]),
         ):
             positions = list(run)
             layout += positions

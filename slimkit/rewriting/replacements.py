@@ -104,6 +104,15 @@ def _fixed(_notes: Notes, func: Callable[..., Any], args: Any, kwargs: Any) -> A
     return plain(x, *found)
 
 
+def _padded(_notes: Notes, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The convolution of an input that is filled up with zeros to the channels of the weight."""
+    named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+    x, weight = named.pop("input"), named.pop("weight")  # (N, C, *spatial), (out, C', *kernel)
+    more = weight.shape[1] - x.shape[1]
+    wide = functional.pad(x, (0, 0) * (x.dim() - 2) + (0, more))
+    return func(wide, weight, *args[2:], **named)
+
+
 def arguments(args: Any, kwargs: Any) -> tuple[Tensor, Any]:
     """Input and output size of a call of adaptive pooling."""
     size = args[1] if len(args) > 1 else kwargs["output_size"]
@@ -121,6 +130,7 @@ REPLACEMENTS: Mapping[str, Replacement] = {
     "tanh form of GELU": _gelu_tanh,
     "its input": _same,
     "pooling with fixed windows": _fixed,
+    "the same over an input filled up with zeros": _padded,
     "noted": _noted,
     "hard-swish, where it multiplies by the sigmoid of the same": _gated,
 }

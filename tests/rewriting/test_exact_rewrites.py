@@ -147,6 +147,20 @@ def test_a_residual_stream_and_a_concatenation_grow_in_step():
     close(net, wide, x)
 
 
+def test_an_image_of_six_channels_is_filled_up_in_front_of_the_convolution():
+    net = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    x = torch.randn(2, 6, 8, 8)
+    chosen = [{"name": "pad-channels", "options": {"images": True}}]
+    wide = slimkit.rewrite(net, x, chosen)
+    assert wide[0].weight.shape == (8, 8, 3, 3)
+    assert wide[0].in_channels == 8
+    assert torch.equal(wide[0].weight[:, 6:], torch.zeros(8, 2, 3, 3))
+    close(net, wide, x)
+    program = torch.export.export(wide.eval(), (x,), strict=False)
+    first = next(node for node in program.graph.nodes if "conv" in str(node.target))
+    assert first.args[0].meta["val"].shape == (2, 8, 8, 8)
+
+
 def test_channels_that_fit_already_are_nothing_to_do():
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     with pytest.raises(RewritingError, match="found nothing to do"):
