@@ -37,7 +37,7 @@ def _resolved(cls: Any, name: str, annotation: Any) -> Any:
         return Any
     if not isinstance(annotation, str):
         return annotation
-    constructor: Any = cls.__init__ if isinstance(cls, type) else cls
+    constructor: Any = cls.__init__ if inspect.isclass(cls) else cls
     try:
         return eval(annotation, inspect.unwrap(constructor).__globals__)
     except NameError as error:

@@ -68,10 +68,11 @@ def _images(model: nn.Module, inputs: tuple[Any, ...], multiple: int) -> list[Ch
         if path is None or any(c.inputs[0] not in calls.inputs for c in readers):
             continue
         module = model.get_submodule(owner(call))
-        plain = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
-        if not plain or module.in_channels % multiple == 0:
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or module.groups != 1:
             continue
         channels, more = module.in_channels, -module.in_channels % multiple
+        if not more:
+            continue
         layout = (*range(channels), *[NEW] * more)
         sizes = (channels, channels + more)
         changes.append(Padding(f"input of {owner(call)}", sizes, {path: {1: layout}}))

@@ -53,10 +53,13 @@ class Rewritten:
         return said
 
     def __str__(self) -> str:
-        """One line, and what stayed."""
+        """One line, and one for each reason why something stayed."""
         count = "one place" if self.places == 1 else f"{self.places} places"
         lines = [f"{self.name:<24} {count}; {self.cost}"]
-        lines += [f"  {where} left: {reason}" for where, reason in self.left.items()]
+        for reason in dict.fromkeys(self.left.values()):
+            names = [name for name, why in self.left.items() if why == reason]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  left {', '.join(names[:3])}{more}: {reason}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

@@ -128,3 +128,14 @@ def test_every_rewrite_is_on_its_page():
     for known in REWRITES.values():
         kind = "exact" if known.exact else "approximate"
         assert f"| `{known.name}` | {kind} |" in page
+
+
+def test_what_stays_is_said_once_a_reason():
+    net = Net(
+        lambda net, x: net.d(net.c(net.b(net.a(net.drop(x))))),
+        drop=nn.Dropout(),
+        **{name: nn.Identity() for name in "abcd"},
+    )
+    lines = str(slimkit.rewrite(net, torch.ones(3), "remove-noops").slimkit_rewriting).splitlines()
+    assert lines[1] == "  left a, b, c and 1 more: the code of its parent calls it"
+    assert len(lines) == 2
