@@ -41,7 +41,7 @@ def rows(name: str, root: str, images: int, rounds: int, folder: Path) -> list[l
         data = [(x,) for x in inputs.split(8)]
         fast = slimkit.rewrite(task.model, task.example, rewrite, data=data, batches=len(data))
         done[rewrite] = fast.slimkit_rewriting.done[0]
-        after[rewrite] = before if done[rewrite].exact else task.of(fast)
+        after[rewrite] = task.of(fast)
         files[rewrite] = slimkit.export(fast, task.example, directory=folder / rewrite)
     times: dict[str, list[float]] = {key: [] for key in files}
     for _ in range(rounds):
