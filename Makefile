@@ -60,6 +60,7 @@ bench: $(TEST)/.ready  ## all of benchmarks/, hours; SLIMKIT_DATA names the data
 	PYTHONPATH=. $(TEST)/bin/python benchmarks/qat_step.py --output runs/qat_step.md
 	PYTHONPATH=. $(TEST)/bin/python benchmarks/distillation_step.py --output runs/distillation_step.md
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/distillation.py --data $(SLIMKIT_DATA) --work runs/distillation --output runs/distillation.md
+	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/ddp.py --data $(SLIMKIT_DATA) --output runs/ddp.md
 	PYTHONPATH=.:benchmarks:$(ZOO_PATH) $(TEST)/bin/python benchmarks/calibration.py --output runs/calibration.md
 	$(TEST)/bin/pip install --quiet --constraint constraints.txt pycocotools
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/quantization.py --data $(SLIMKIT_DATA) --output runs/quantization.md

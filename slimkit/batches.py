@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from slimkit.calls import map_tensors
 from slimkit.errors import SlimkitError
+
+Inputs = Callable[[Any, nn.Module], tuple[Any, ...]]
+"""Takes the positional arguments of a model out of a batch."""
 
 
 def inputs_of(batch: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
@@ -41,10 +44,18 @@ def inputs_of(batch: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
     parameter = next(model.parameters(), None) if model is not None else None
     if parameter is None:
         return inputs
-    return tuple(map_tensors(lambda t: t.to(parameter.device), x) for x in inputs)
+    return tuple(map_tensors(lambda t: beside(t, parameter), x) for x in inputs)
 
 
-_LABELS = ("labels", "label", "targets", "target", "y")
+def beside(t: Tensor, parameter: Tensor) -> Tensor:
+    """`t` on the parameter's device; of its precision where both are floating-point."""
+    if t.is_floating_point() and parameter.is_floating_point():
+        return t.to(parameter.device, parameter.dtype)
+    return t.to(parameter.device)
+
+
+LABELS = ("labels", "label", "targets", "target", "y")
+"""What batches and forwards call them."""
 
 
 def labels_of(batch: Any) -> Tensor:
@@ -55,13 +66,13 @@ def labels_of(batch: Any) -> Tensor:
     """
     found: Any = None
     if isinstance(batch, Mapping):
-        found = next((batch[name] for name in _LABELS if name in batch), None)
+        found = next((batch[name] for name in LABELS if name in batch), None)
     elif isinstance(batch, list | tuple) and len(batch) == 2:
         found = batch[1]
     if not isinstance(found, Tensor):
         raise SlimkitError(
             "labels are needed: a batch must be (inputs, labels) with a tensor of labels, or a "
-            f"dict with one under {', '.join(_LABELS)}"
+            f"dict with one under {', '.join(LABELS)}"
         )
     return found
 

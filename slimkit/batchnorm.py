@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimkit.batches import inputs_of
+from slimkit.batches import Inputs, inputs_of
 from slimkit.evaluating import evaluating
 
 
 @torch.no_grad()
-def reestimate_(model: nn.Module, batches: Iterable[Any], count: int) -> int:
+def reestimate_(
+    model: nn.Module, batches: Iterable[Any], count: int, inputs: Inputs = inputs_of
+) -> int:
     """Replace running mean and variance by their averages over `count` batches.
 
     Other layers stay in evaluation mode (no dropout). Returns the number of batches used; a model
@@ -35,7 +37,7 @@ def reestimate_(model: nn.Module, batches: Iterable[Any], count: int) -> int:
                 norm.momentum = None  # a plain average over the batches
                 norm.train()
             for batch in islice(batches, count):
-                model(*inputs_of(batch, model))
+                model(*inputs(batch, model))
                 used += 1
         done = used > 0
     finally:

@@ -6,8 +6,10 @@ fake-quantizers and costs can be kept by name. Functional calls are seen as well
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from slimkit.evaluating import evaluating
+from slimkit.evaluating import evaluating, replaced
 
 _SAME = {
     "concat": "cat",
@@ -67,6 +69,8 @@ class CallMode(TorchFunctionMode):
         self._stack: list[str] = []
         self._seen: Counter[str] = Counter()
         self._handles: list[Any] = []
+        self._model = model
+        self._by_name = ExitStack()
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute the operation's result; `args` and `kwargs` are the call's own."""
@@ -77,14 +81,31 @@ class CallMode(TorchFunctionMode):
             register_module_forward_pre_hook(self._push),
             register_module_forward_hook(self._pop, always_call=True),
         ]
+        self._by_name.enter_context(replaced(self._model, self._whole(self._model.forward)))
         super().__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
+        self._by_name.close()
         for handle in self._handles:
             handle.remove()
         self._stack.clear()
+
+    def _whole(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's forward, met as well where it is called by name and no hook runs."""
+
+        @functools.wraps(forward)
+        def met(*args: Any, **kwargs: Any) -> Any:
+            if self._stack:
+                return forward(*args, **kwargs)
+            self._push(self._model, args)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._pop(self._model, args, None)
+
+        return met
 
     def _push(self, module: nn.Module, _args: Any) -> None:
         path = self._paths.get(id(module))

@@ -16,6 +16,9 @@ M = TypeVar("M", bound=nn.Module)
 def copied(module: M, *, share: bool = False) -> M:
     """A deep copy. Tensors that a module keeps with their graph (losses of a step) are detached.
 
+    What torch.compile made of the module or its parts is plain in the copy: slimkit changes
+    structure and operations, and compiled code would not follow.
+
     Args:
         module: what to copy.
         share: let the copy's parameters be new objects around the same numbers, which costs no
@@ -58,11 +61,24 @@ def _copied(module: M, memo: dict[int, Any]) -> M:
     twins: dict[nn.Module, nn.Module] = {}
     for part in module.modules():
         kind = type(part)
-        if not hasattr(kind, "__deepcopy__") and all(
-            getattr(kind, method) is getattr(nn.Module, method)
-            for method in ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+        if (
+            not hasattr(kind, "__deepcopy__")
+            and not is_compiled(part)
+            and all(
+                getattr(kind, method) is getattr(nn.Module, method)
+                for method in (
+                    "__new__",
+                    "__reduce__",
+                    "__reduce_ex__",
+                    "__getstate__",
+                    "__setstate__",
+                )
+            )
         ):
             twins[part] = memo[id(part)] = kind.__new__(kind)
+    for part in module.modules():
+        if is_compiled(part):
+            memo[id(part)] = copy.deepcopy(part._orig_mod, memo)
     for part, twin in twins.items():
         for name, value in part.__getstate__().items():
             if not _is_plain(value):
@@ -72,3 +88,31 @@ def _copied(module: M, memo: dict[int, Any]) -> M:
             else:
                 vars(twin)[name] = value
     return copy.deepcopy(module, memo)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile wrapped it; `nn.Module.compile` leaves the module as it is."""
+    return type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
+
+
+def compiled_parts(module: nn.Module) -> list[str]:
+    """What torch.compile made of a module: the paths, or the name of the class for all of it."""
+    names = (
+        name or type(getattr(module, "_orig_mod", module)).__name__
+        for name, part in module.named_modules()
+        if is_compiled(part) or vars(part).get("_compiled_call_impl") is not None
+    )
+    return list(names)
+
+
+def uncompiled_(module: nn.Module) -> nn.Module:
+    """The module with plain parts in the places of those that torch.compile wrapped."""
+    if is_compiled(module):
+        whole: Any = module._orig_mod
+        return uncompiled_(whole)
+    for part in list(module.modules()):
+        for name, child in list(part.named_children()):
+            if is_compiled(child):
+                setattr(part, name, child._orig_mod)
+        vars(part).pop("_compiled_call_impl", None)  # set by nn.Module.compile
+    return module

@@ -647,6 +647,10 @@ class Recipe(_Node):
     model: AnImport | None = Field(
         default=None, description="Returns an nn.Module, or a LightningModule."
     )
+    network: str | None = Field(
+        default=None,
+        description="Dotted path of the part of the model that is compressed; null: all of it.",
+    )
     data: AnImport | None = Field(default=None, description="Returns a LightningDataModule.")
     task: Literal["classification"] | None = Field(
         default=None,

@@ -27,7 +27,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
             if not isinstance(state, dict):
                 raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
             state = state.get("state_dict", state)
-        model.load_state_dict(state, strict=True)
+        plain = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+        model.load_state_dict(plain, strict=True)  # torch.compile adds to names; models are plain
     except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         first = "\n  ".join(str(error).splitlines()[:4])
         raise SlimkitError(f"weights: {path} cannot be loaded into the model: {first}") from error

@@ -85,7 +85,7 @@ def compare(
     recipe = read_manifest(artifact).get("recipe") or {}
     if least is None:
         least = (recipe.get("gates") or {}).get("agreement") or 0.99
-    batches = _batches(artifact, data, recipe)
+    batches = _entered(_batches(artifact, data, recipe), model or recipe.get("model"), recipe)
     dense = None if model is None else build({"target": model}, "model", nn.Module)
     results = []
     for file in reopen(artifact, dense, backend=backend):
@@ -104,6 +104,24 @@ def compare(
         )
 
 
+def _entered(batches: Iterable[Any], model: Any, recipe: dict[str, Any]) -> Iterable[Any]:
+    """The batches as the steps of a LightningModule pass them on; of other models as they are."""
+    if model is None:
+        return batches
+    import pytorch_lightning as pl
+    from torch import nn
+
+    from slimkit.copies import uncompiled_
+    from slimkit.importing import build
+    from slimkit.training.entering import Entered, Entry
+
+    what = {"target": model} if isinstance(model, str) else model
+    made = uncompiled_(build(what, "model", nn.Module))
+    if not isinstance(made, pl.LightningModule):
+        return batches
+    return Entered(batches, Entry(made, recipe.get("network")))
+
+
 def _batches(artifact: Path, data: str | None, recipe: dict[str, Any]) -> Iterable[Any]:
     """The batches to compare on, which can be gone through more than once."""
     from slimkit.errors import SlimkitError
@@ -119,7 +137,7 @@ def _batches(artifact: Path, data: str | None, recipe: dict[str, Any]) -> Iterab
     if hasattr(made, "setup"):
         from slimkit.training.deployment import Loaders
 
-        loader: Iterable[Any] = Loaders(made).evaluation()
+        loader: Iterable[Any] = Loaders(made).compared()
         return loader
     if not hasattr(made, "__iter__"):
         raise SlimkitError(

@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slimkit.copies import copied
+from slimkit.copies import copied, uncompiled_
 from slimkit.deploy.folder import FORMAT, read_manifest, write_manifest
 from slimkit.deploy.provenance import compare_versions, record, used_by
 from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Grid, Scheme
+from slimkit.parts import part_of
 from slimkit.pruning.removal import remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.quantization.fake import FakeQuantization, Fixed, QuantizedModel
@@ -116,7 +117,8 @@ def load(
     if backend is not None and backend not in quantization:
         known = ", ".join(quantization) or "no backend"
         raise ArtifactError(f"{folder} is quantized for {known}, not for {backend}")
-    network = _network(content, model)
+    path = (content.get("recipe") or {}).get("network")
+    network = _network(content, model, path)
     if network is None:
         if not (folder / PROGRAM).is_file():
             raise ArtifactError(
@@ -178,17 +180,20 @@ class _Graph(nn.Module):
 
 
 def _network(
-    content: Mapping[str, Any], model: Callable[[], nn.Module] | nn.Module | None
+    content: Mapping[str, Any],
+    model: Callable[[], nn.Module] | nn.Module | None,
+    path: str | None,
 ) -> nn.Module | None:
+    """What the user's function builds, or the part of it at `path`, before anything is cut."""
     if isinstance(model, nn.Module):
-        return copied(model).cpu()
+        return part_of(copied(model), path).cpu()
     if model is not None:
         made = model()
         if not isinstance(made, nn.Module):
             raise ArtifactError(f"model() must return an nn.Module, not {type(made).__name__}")
-        return made.cpu()
+        return part_of(uncompiled_(made), path).cpu()
     if content.get("model"):
-        return build(content["model"], "model", nn.Module)
+        return part_of(uncompiled_(build(content["model"], "model", nn.Module)), path)
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from slimkit.batches import sample_of, samples_in
+from slimkit.batches import Inputs, inputs_of, sample_of, samples_in
 from slimkit.errors import PruningError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Criterion, Layer
@@ -225,6 +225,7 @@ def scores_over_batches(
     loss: Loss,
     count: int,
     score: Score = group_scores,
+    inputs: Inputs = inputs_of,
 ) -> dict[str, Tensor]:
     """`score`, of `coupling`, with what the criterion needs of data; the model is not changed.
 
@@ -237,7 +238,7 @@ def scores_over_batches(
         PruningError: there is no batch.
     """
     given = list(islice(batches, count)) if len(criterion.needs & DATA) > 1 else batches
-    found = measure(model, given, count) if criterion.needs & MEASURED else None
+    found = measure(model, given, count, inputs) if criterion.needs & MEASURED else None
     squares = None
     if "fisher" in criterion.needs:
         squares = fisher_of(model, given, loss, count)

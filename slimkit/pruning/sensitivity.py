@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from slimkit.batches import inputs_of
-from slimkit.errors import PruningError, SlimkitError
+from slimkit.batches import Inputs, inputs_of, samples_in
+from slimkit.errors import PruningError
 from slimkit.evaluating import eagerly, evaluating, without_fast_paths
 from slimkit.interfaces import tensors_of
 from slimkit.progress import track
@@ -79,16 +79,18 @@ class Divergence:
 
     Args:
         model: is called on the inputs of a batch.
+        inputs: takes them out of it.
     """
 
     unit = "relative squared distance of the outputs"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs = inputs_of) -> None:
         self.model = model
+        self.inputs = inputs
 
     def values(self, batch: Any) -> list[Tensor]:
         """The outputs that are floating-point tensors."""
-        out = self.model(*inputs_of(batch, self.model))
+        out = self.model(*self.inputs(batch, self.model))
         return [t for t in tensors_of(out) if t.is_floating_point()]
 
     def increase(self, dense: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -340,7 +342,7 @@ class _Worker:
         """What the batch adds for each number of channels that is still open."""
         self._load(number)
         assert self.reuse is not None
-        samples = _samples(self.batch, self.model)
+        samples = samples_in(self.batch)
         found = {}
         for count in sorted(state.open):
             with self._silenced(state, count):
@@ -378,7 +380,7 @@ class _Worker:
         whole = self.batch
         changes = {s.group.name: {m.tensor for m in s.group.members} for s in self.states}
         try:
-            self.batch = fewer(whole, _samples(whole, self.model))
+            self.batch = fewer(whole, samples_in(whole))
             reuse = Reuse(self.model, self._run, changes)
             dense = reuse.unchanged(self._run)
         except Exception:  # samples hang together in a way that nobody knows here
@@ -408,15 +410,6 @@ class _Worker:
         finally:
             for name, values in before.items():
                 self.tensors[name].copy_(values)
-
-
-def _samples(batch: Any, model: nn.Module) -> int:
-    """How many samples a batch holds; 1 where nobody can tell."""
-    try:
-        tensors = [t for t in tensors_of(inputs_of(batch, model)) if t.dim()]
-    except SlimkitError:
-        return 1
-    return len(tensors[0]) if tensors else 1
 
 
 def fewer(batch: Any, samples: int, count: int = 2) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from slimkit.batches import fresh
+from slimkit.batches import Inputs, fresh, inputs_of
 from slimkit.errors import PruningError, did_you_mean
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Criterion
@@ -308,6 +308,7 @@ def zero_(
     batches: Iterable[Any] = (),
     loss: Loss,
     count: int = 8,
+    inputs_in: Inputs = inputs_of,
 ) -> PruningReport:
     """Zero the weights of `model` that score least, in place; the report stays with the model.
 
@@ -325,6 +326,7 @@ def zero_(
         batches: for a criterion that needs data.
         loss: to differentiate.
         count: how many batches.
+        inputs_in: takes the forward's arguments out of a batch.
 
     Raises:
         PruningError: no weight may be zero, an option does not fit, or the ratio is out of reach.
@@ -332,7 +334,7 @@ def zero_(
     check_criterion(criterion, granularity)
     weights = Weights.of(model, inputs, granularity, protect, protect_first)
     scores = scores_over_batches(
-        model, weights, criterion, batches, loss, count, score=weight_scores
+        model, weights, criterion, batches, loss, count, weight_scores, inputs_in
     )
     options = {"ranking": ranking, "max_ratio": max_ratio, "block_size": block_size}
     kept = choose(scores, weights.axes, granularity, ratio, **options)  # type: ignore[arg-type]

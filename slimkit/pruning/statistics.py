@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.batches import first_sample, inputs_of
+from slimkit.batches import Inputs, first_sample, inputs_of
 from slimkit.calls import WEIGHTED, Call, CallMode, trace
 from slimkit.errors import PruningError
 from slimkit.evaluating import evaluating
@@ -118,7 +118,9 @@ def _axis(x: Tensor, last: bool) -> int:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batches: Iterable[Any], count: int) -> dict[str, Measured]:
+def measure(
+    model: nn.Module, batches: Iterable[Any], count: int, inputs: Inputs = inputs_of
+) -> dict[str, Measured]:
     """What passes each layer with weights, by the weight's path, over `count` batches.
 
     The model runs in evaluation mode and is not changed. A batch of a convolution has samples in
@@ -129,11 +131,11 @@ def measure(model: nn.Module, batches: Iterable[Any], count: int) -> dict[str, M
     """
     watch: _Watch | None = None
     for batch in track(islice(batches, count), "measuring activations", count):
-        inputs = inputs_of(batch, model)
+        given = inputs(batch, model)
         if watch is None:
-            watch = _watch(model, first_sample(inputs))
+            watch = _watch(model, first_sample(given))
         with evaluating(model), watch:
-            model(*inputs)
+            model(*given)
     if watch is None:
         raise PruningError("the criterion needs activations, but the data gave no batch")
     return watch.found

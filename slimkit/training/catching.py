@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimkit.errors import SlimkitError
+from slimkit.evaluating import replaced
+from slimkit.interfaces import tensors_of
 from slimkit.places import Place, describe
 
 
@@ -24,6 +27,7 @@ class Catch:
         self.called = False
         self.args: tuple[Any, ...] = ()
         self.kwargs: Mapping[str, Any] = {}
+        self.learns = False  # whether gradients flow from what it gave
         self.given: dict[str, Any] = {}  # path of the module -> what it gave
 
     def tensor(self, place: Place) -> Tensor:
@@ -62,8 +66,15 @@ def catching(network: nn.Module, places: Iterable[Place], who: str) -> Iterator[
     """Inside, what `network` takes, and what its modules give at `places`, is caught."""
     catch = Catch(who)
 
-    def entered(_module: nn.Module, args: Any, kwargs: Any) -> None:
+    own = network.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
         catch.called, catch.args, catch.kwargs = True, args, kwargs
+        catch.given[""] = output
+        catch.learns = any(t.requires_grad for t in tensors_of(output))
+        return output
 
     def left(path: str) -> Any:
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -71,11 +82,14 @@ def catching(network: nn.Module, places: Iterable[Place], who: str) -> Iterator[
 
         return keep
 
-    handles: list[Any] = [network.register_forward_pre_hook(entered, with_kwargs=True)]
-    for path in dict.fromkeys(place.module for place in places):
-        handles.append(network.get_submodule(path).register_forward_hook(left(path)))
+    handles = [
+        network.get_submodule(path).register_forward_hook(left(path))
+        for path in dict.fromkeys(place.module for place in places)
+        if path
+    ]
     try:
-        yield catch
+        with replaced(network, forward):
+            yield catch
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
 
 from slimkit.errors import SlimkitError
+from slimkit.parts import part_of
 from slimkit.recipe import Optimizer
 
 
@@ -98,3 +99,16 @@ class Classification(pl.LightningModule):
         metric(logits, labels)
         name = f"{part}_metric"
         self.log(f"{part}_accuracy", metric, on_epoch=True, prog_bar=True, metric_attribute=name)
+
+
+def network_of(inner: pl.LightningModule, path: str | None) -> nn.Module:
+    """What is compressed: the plain model, or the LightningModule itself, or a part of it.
+
+    Args:
+        inner: the LightningModule.
+        path: of the part, as a recipe's ``network``.
+
+    Raises:
+        SlimkitError: there is no such part.
+    """
+    return part_of(inner.model if isinstance(inner, Classification) else inner, path)

@@ -8,11 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from slimkit.batches import first_sample, inputs_of, to_cpu
+from slimkit.batches import first_sample, to_cpu
 from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.folder import check_target, move, replacing
@@ -30,7 +31,9 @@ from slimkit.registry import discover
 from slimkit.report.page import write_report
 from slimkit.rewriting.report import RewritingReport, summarized
 from slimkit.training.copies import own_copy
+from slimkit.training.entering import Entry
 from slimkit.training.evaluation import Evaluator
+from slimkit.training.transferring import Transferred, hooks_of
 
 if TYPE_CHECKING:
     from slimkit.training.module import SlimModule
@@ -77,13 +80,13 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
     for folder in (directory, rejected(directory)):
         check_target(folder)
     _check_done(module)
-    loaders = Loaders(data)
-    network = own_copy(module.network).cpu().eval()
-    dense = own_copy(module.dense).cpu().eval()
+    loaders = Loaders(data, module.inner)
+    network = own_copy(module.network).cpu().float().eval()
+    dense = own_copy(module.dense).cpu().float().eval()
     batch = next(iter(loaders.calibration()), None)
     if batch is None:
         raise SlimkitError("the training data is empty: it gave no batch")
-    inputs = first_sample(to_cpu(inputs_of(batch, network)))
+    inputs = first_sample(to_cpu(module.entry(batch, network)))
     backends: dict[str, Backend] = {
         ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
     }
@@ -94,15 +97,17 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
     quantized = _quantized(module, network, backends, loaders)
     if quantized:
         stages["int8"] = dict(quantized)
-    evaluator = Evaluator(module.inner, loaders.evaluation(), recipe.metric)
+    evaluator = Evaluator(module.inner, loaders.evaluation(), recipe.metric, recipe.network)
+    if not evaluator.can:
+        module.announce(f"no metric: {evaluator.why_not}; files are compared with the simulation")
     with replacing(_aside(directory)) as work:
         rows = release(
             stages,
             backends,
             inputs,
             work / "exports",
-            agreement_inputs=_inputs(loaders.evaluation(), network),
-            evaluate=evaluator,
+            agreement_inputs=_inputs(loaders.compared(), module.entry, network),
+            evaluate=evaluator if evaluator.can else None,
             labels=_labels(module),
         )
         result = Release(
@@ -142,10 +147,17 @@ class MissedGates(GateError):
 
 
 class Loaders:
-    """The loaders of a LightningDataModule or of a Trainer, for calibration and evaluation."""
+    """The loaders of a LightningDataModule or of a Trainer, for calibration and evaluation.
 
-    def __init__(self, data: Any) -> None:
+    Args:
+        data: the data module or the Trainer.
+        inner: the LightningModule that takes the batches; its hooks for batches are called, or the
+            data module's, as Lightning does.
+    """
+
+    def __init__(self, data: Any, inner: pl.LightningModule | None = None) -> None:
         self.data = data
+        self.inner = inner
         self._ready: set[str] = set()
         self.evaluated_on = "test"
 
@@ -154,10 +166,15 @@ class Loaders:
         loader = self._loader("fit", "train_dataloader", "train_dataloader")
         if loader is None:
             raise SlimkitError("the data has no training loader to take batches from")
-        return loader
+        return Transferred(loader, self.data, self.inner)
 
     def evaluation(self) -> Any:
         """Test batches, or validation batches where there is no test set."""
+        loader = self._evaluated()
+        own = hooks_of(self.data, None)  # Lightning calls the module's own, but not these here
+        return Transferred(loader, self.data, None, in_turn=True) if own else loader
+
+    def _evaluated(self) -> Any:
         loader = self._loader("test", "test_dataloader", "test_dataloaders")
         if not loader:
             loader = self._loader("validate", "val_dataloader", "val_dataloaders")
@@ -168,6 +185,10 @@ class Loaders:
                 "cannot be measured"
             )
         return loader
+
+    def compared(self) -> Any:
+        """The batches of `evaluation`, one loader after the other, through the module's hooks."""
+        return Transferred(self._evaluated(), self.data, self.inner, in_turn=True)
 
     def validation(self) -> Any:
         """Validation batches."""
@@ -239,7 +260,8 @@ def _quantized(
     evaluate, drop = None, module.recipe.gates.accuracy_drop
     drop = 0.01 if drop is None else drop
     if "auto" in section.keep_float and (loader := loaders.selection()):
-        evaluate = _larger_is_better(Evaluator(module.inner, loader, module.recipe.metric))
+        one = Evaluator(module.inner, loader, module.recipe.metric, module.recipe.network)
+        evaluate = _larger_is_better(one) if one.can else None
     result = {}
     trained = module.fake if module.fake is not None and module.fake.state == "quantize" else None
     for name, backend in backends.items():
@@ -249,7 +271,7 @@ def _quantized(
             continue
         made = quantize(
             network,
-            list(islice(loaders.calibration(), section.calibration_batches)),
+            list(islice(module.entry.each(loaders.calibration()), section.calibration_batches)),
             backend,
             weights=weights,
             activations=activations,
@@ -283,12 +305,12 @@ def _larger_is_better(evaluator: Evaluator) -> Callable[[nn.Module], float]:
     return evaluate
 
 
-def _inputs(loader: Any, network: nn.Module) -> tuple[Any, ...]:
+def _inputs(loader: Any, entry: Entry, network: nn.Module) -> tuple[Any, ...]:
     """Inputs of up to `MOST_COMPARED` samples, as one large batch."""
     columns: list[tuple[Any, ...]] = []
     count = 0
     for batch in loader:
-        inputs = to_cpu(inputs_of(batch, network))
+        inputs = to_cpu(entry(batch, network))
         columns.append(inputs)
         count += len(inputs[0]) if isinstance(inputs[0], torch.Tensor) else 1
         if count >= MOST_COMPARED:

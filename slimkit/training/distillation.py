@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from slimkit.batches import inputs_of, labels_of
+from slimkit.batches import labels_of
 from slimkit.errors import SlimkitError
 from slimkit.interfaces import DistillationLoss
 from slimkit.places import Place
@@ -18,6 +18,7 @@ from slimkit.recipe import Distill, Loss, Optimizer
 from slimkit.training.catching import Catch, catching, module_paths
 from slimkit.training.comparison import Comparison
 from slimkit.training.confidence import confidence, mixed
+from slimkit.training.entering import Entry
 from slimkit.training.loss_weights import weight_at
 from slimkit.training.teacher_building import teachers_of
 from slimkit.training.teacher_cache import Given
@@ -34,8 +35,7 @@ class Distillation:
     an average of the student, peers) is in no state dict: `state` gives it for the checkpoint.
 
     Args:
-        inner: the student's LightningModule, or its network.
-        student: the network being trained, as it is before anything is compressed.
+        entry: to the network being trained, as it is before anything is compressed.
         recipe: the distill section.
         optimizer: for a peer that is a plain module.
         say: told of what is skipped, with one line.
@@ -46,20 +46,20 @@ class Distillation:
 
     def __init__(
         self,
-        inner: pl.LightningModule | nn.Module,
-        student: nn.Module,
+        entry: Entry,
         recipe: Distill,
         optimizer: Optimizer | None = None,
         say: Say = lambda _line: None,
     ) -> None:
-        self.student = student
+        self.entry = entry
+        self.student = student = entry.network
         self.recipe = recipe
         self.say = say
-        self.teachers = teachers_of(recipe, inner, student, optimizer or Optimizer())
+        self.teachers = teachers_of(recipe, entry, optimizer or Optimizer())
         self.comparisons: list[Comparison] = []
         modules = module_paths(student)
-        for entry in recipe.losses:
-            self.comparisons.append(self._comparison(entry, modules))
+        for loss in recipe.losses:
+            self.comparisons.append(self._comparison(loss, modules))
         self._name_apart()
         self._device: torch.device | None = None
         self.tried = False  # whether every loss has been looked at on a batch
@@ -126,10 +126,11 @@ class Distillation:
         """
         if not caught.called:  # the training step went round the forward: run it once more
             with self.watching() as caught:
-                self.student(*inputs_of(batch, self.student))
+                self.student(*self.entry(batch))
         mine = [comparison.tensors_in(caught) for comparison in self.comparisons]
         parameter = next(self.student.parameters(), None)
-        self.move_to(parameter.device if parameter is not None else torch.device("cpu"))
+        here = torch.zeros(()) if parameter is None else parameter
+        self.move_to(here.device, here.dtype)
         given = [
             teacher.step(batch, batch_idx, trainer)
             if isinstance(teacher, Peer)
@@ -181,10 +182,15 @@ class Distillation:
             result[f"{peer.name}/{comparison.name}"] = weight * value
         return result
 
-    def move_to(self, device: torch.device) -> None:
-        """Take teachers and losses to where the student is; parameters stay the same objects."""
+    def move_to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Take teachers and losses to where the student is; parameters stay the same objects.
+
+        Args:
+            device: of the student.
+            dtype: of its parameters, for teachers, which are shown the same inputs.
+        """
         for teacher in self.teachers:
-            teacher.move_to(device)
+            teacher.move_to(device, dtype)
         if device != self._device:
             self._device = device
             for comparison in self.comparisons:

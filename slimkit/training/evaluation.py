@@ -12,9 +12,11 @@ import pytorch_lightning as pl
 import torch
 
 from slimkit.errors import SlimkitError, did_you_mean
+from slimkit.evaluating import replaced
 from slimkit.recipe import Metric
-from slimkit.training.classification import Classification
+from slimkit.training.classification import network_of
 from slimkit.training.copies import own_copy
+from slimkit.training.entering import positional
 
 _GOOD = ("acc", "map", "f1", "iou", "auc", "dice", "psnr", "precision", "recall")
 _BAD = ("loss", "error", "mse", "mae", "perplexity")
@@ -27,12 +29,30 @@ class Evaluator:
         inner: the user's LightningModule; copied.
         loader: batches to evaluate on.
         metric: which metric; None chooses the first that reads like an accuracy.
+        path: of the part that is replaced, as a recipe's ``network``.
     """
 
-    def __init__(self, inner: pl.LightningModule, loader: Any, metric: Metric | None) -> None:
+    def __init__(
+        self,
+        inner: pl.LightningModule,
+        loader: Any,
+        metric: Metric | None,
+        path: str | None = None,
+    ) -> None:
         self.inner = inner
         self.loader = loader
         self.metric = metric
+        self.path = path
+
+    @property
+    def can(self) -> bool:
+        """Whether the module measures anything."""
+        return type(self.inner).validation_step is not pl.LightningModule.validation_step
+
+    @property
+    def why_not(self) -> str:
+        """The reason where it does not."""
+        return f"{type(self.inner).__name__} has no validation_step"
 
     def __call__(self, forward: Callable[..., Any]) -> float:
         """The metric over all batches, computed by `forward`.
@@ -41,17 +61,16 @@ class Evaluator:
             SlimkitError: there is no validation step, it never calls the forward, or it does not
                 log the metric.
         """
-        probe = own_copy(self.inner).cpu()
-        network = probe.model if isinstance(probe, Classification) else probe
+        probe = own_copy(self.inner).cpu().float()
+        network = network_of(probe, self.path)
         calls = 0
 
-        def replaced(*args: Any, **kwargs: Any) -> Any:
+        def compressed(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            return forward(*args, **kwargs)
+            return forward(*positional(network, args, kwargs))
 
-        network.forward = replaced
-        with muted():
+        with muted(), replaced(network, compressed):
             trainer = pl.Trainer(
                 accelerator="cpu",
                 devices=1,

@@ -8,19 +8,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 
 from slimkit.errors import SlimkitError
 from slimkit.pruning.sensitivity import Divergence, LossIncrease, Measure
 from slimkit.training.classification import Classification
+from slimkit.training.entering import Entry
 from slimkit.training.logged import logged
 
 
-def measure_of(
-    inner: pl.LightningModule, network: nn.Module, batch: Any, say: Callable[[str], None]
-) -> Measure:
+def measure_of(entry: Entry, batch: Any, say: Callable[[str], None]) -> Measure:
     """The increase of the validation loss, or of the outputs' divergence where there is none.
 
     The loss is what a recipe is about, and what an allocation has to keep small; it is the
@@ -29,12 +28,12 @@ def measure_of(
     does neither (a detector that only collects its average precision) still has outputs.
 
     Args:
-        inner: the module; what it logs is thrown away.
-        network: its network.
+        entry: to the network of the module; what that logs is thrown away.
         batch: a validation batch, on the module's device, to try it on.
         say: told why it is not the loss.
     """
-    if isinstance(inner, Classification):
+    inner = entry.inner
+    if entry.whole and isinstance(inner, Classification):
         return LossIncrease(lambda batch: cross_entropies(inner, batch))
     own = type(inner).validation_step is not pl.LightningModule.validation_step
     reason = "has no validation_step"
@@ -54,7 +53,7 @@ def measure_of(
         f"{type(inner).__name__} {reason}: the scan measures how far the outputs are from the "
         "dense model's"
     )
-    return Divergence(network)
+    return Divergence(entry.network, entry)
 
 
 def cross_entropies(module: Classification, batch: Any) -> Tensor:

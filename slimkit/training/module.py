@@ -14,7 +14,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from slimkit.batches import as_inputs
+from slimkit.copies import compiled_parts
 from slimkit.errors import SlimkitError
+from slimkit.parts import part_of
 from slimkit.pruning.removal import remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.sensitivity import Curve
@@ -26,15 +28,20 @@ from slimkit.rewriting.changes import apply_
 from slimkit.rewriting.report import RewritingReport
 from slimkit.rewriting.rewrite import Evaluate, rewrite_
 from slimkit.training.averages import averages_of
+from slimkit.training.catching import Catch
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
+from slimkit.training.entering import Entry
 from slimkit.training.learning import DistillationCallback
 from slimkit.training.loss_weights import is_constant, weight_at
+from slimkit.training.manual import adding
 from slimkit.training.pruning import ChannelPruning
 from slimkit.training.quantization import QuantizationCallback, scheme_of
+from slimkit.training.restoring import restore_
 from slimkit.training.sparsity import WeightPruning
 from slimkit.training.timeline import progress
+from slimkit.training.twins import cut_twin_
 
 if TYPE_CHECKING:
     from slimkit.training.deployment import Release
@@ -55,6 +62,8 @@ class Progress:
         macs_left: fraction of the dense model's multiply-accumulates.
         observed: training batches that the activation quantizers have seen.
         distilled: whether the network has learnt from the teacher.
+        twins: what was cut with the network since it follows it: its path, and the path in the
+            network of what it follows.
     """
 
     example_inputs: tuple[Any, ...] = ()
@@ -65,6 +74,7 @@ class Progress:
     macs_left: float = 1.0
     observed: int = 0
     distilled: bool = False
+    twins: list[tuple[str, str]] = field(default_factory=list)
 
 
 class SlimModule(pl.LightningModule):
@@ -94,6 +104,7 @@ class SlimModule(pl.LightningModule):
         self.fake: FakeQuantization | None = None
         self.curves: Sequence[Curve] | None = None  # for prune.ratios: sensitivity
         self.announce: Callable[[str], None] = _announce
+        self._compiled = compiled_parts(module)
         own = own_copy(module)
         self.inner: pl.LightningModule
         if isinstance(own, pl.LightningModule):
@@ -111,21 +122,19 @@ class SlimModule(pl.LightningModule):
                 setattr(self, name, getattr(self.inner, name))
         # Held in a tuple so that neither is a submodule: a teacher belongs in no checkpoint, and
         # the dense copy is what the proof compares with.
+        self.entry = Entry(self.inner, self.recipe.network)
         self._dense = (own_copy(self.network).eval(),)
         distill = self.recipe.distill
-        active = distill is not None and self.automatic_optimization
         self.distillation: tuple[Distillation, ...] = ()
-        if active and distill:
-            distillation = Distillation(
-                self.inner, self.network, distill, self.recipe.optimizer, self._tell
-            )
+        if distill is not None:
+            distillation = Distillation(self.entry, distill, self.recipe.optimizer, self._tell)
             self.distillation = (distillation,)
         self._forward_hooks_of_inner()
 
     @property
     def network(self) -> nn.Module:
-        """What is compressed: the plain model, or the LightningModule itself."""
-        return self.inner.model if isinstance(self.inner, Classification) else self.inner
+        """What is compressed: the plain model, or the LightningModule itself, or a part of it."""
+        return self.entry.network
 
     @property
     def dense(self) -> nn.Module:
@@ -136,6 +145,17 @@ class SlimModule(pl.LightningModule):
     def rewriting(self) -> RewritingReport | None:
         """What was rewritten of the network."""
         return getattr(self.network, "slimkit_rewriting", None)
+
+    def _dense_as_rewritten(self) -> nn.Module:
+        """The dense network in the structure that the network has before a cut."""
+        before: RewritingReport | None = getattr(self.dense, "slimkit_rewriting", None)
+        changes = self.rewriting.changes if self.rewriting else []
+        since = changes[len(before.changes) if before else 0 :]
+        if not since:
+            return self.dense
+        dense = own_copy(self.dense)
+        apply_(dense, since)
+        return dense
 
     @property
     def averaging_teachers(self) -> list[nn.Module]:
@@ -208,9 +228,17 @@ class SlimModule(pl.LightningModule):
             for backend in self.recipe.export:  # weight_bits that do not fit are said now
                 scheme_of(backend.name, self.recipe.quantize)
         self.inner.setup(stage)
-        if stage == "fit" and self.recipe.distill is not None and not self.distillation:
+        gate = self.recipe.gates.accuracy_drop
+        own = type(self.inner).validation_step is not pl.LightningModule.validation_step
+        if stage == "fit" and gate is not None and not own:
+            raise SlimkitError(
+                f"gates.accuracy_drop: {type(self.inner).__name__} has no validation_step to "
+                "measure by: write one that logs a metric, or leave the gate out"
+            )
+        if stage == "fit" and self._compiled:
             self.announce(
-                "no distillation: with manual optimization the loss is not slimkit's to change"
+                f"{', '.join(self._compiled)} trains without torch.compile, since slimkit changes "
+                "structure and operations: compile what comes out"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -232,10 +260,21 @@ class SlimModule(pl.LightningModule):
         if saved is None:
             raise SlimkitError("this checkpoint was not written by a SlimModule")
         self.state = Progress(**saved["progress"])
+        self.fake = None
+        networks = (self.network, *averages_of(self, self._trainer))
+        dense = self._dense_as_rewritten()
+        for network in networks:  # the checkpoint may be from before a cut
+            restore_(network, dense)
         if saved["report"] is not None:
             report = PruningReport(**saved["report"])
-            for network in (self.network, *averages_of(self, self._trainer)):
+            for network in networks:
                 remove_(network, report.kept, report.attributes)
+            inside = {id(part) for part in self.network.modules()}
+            for path, of in self.state.twins:
+                twin = self.inner.get_submodule(path)
+                if id(twin) not in inside:
+                    restore_(twin, part_of(dense, of or None))
+                    cut_twin_(twin, of, report.kept, report.attributes)
             self.network.slimkit_pruning = report  # type: ignore[assignment]
         states = saved.get("distillation", ())
         for distillation, state in zip(self.distillation, states, strict=False):
@@ -292,27 +331,39 @@ class SlimModule(pl.LightningModule):
             simulated = self._simulated(step)
             if self.recipe.prune is not None:
                 self.log("slimkit/macs_left", self.state.macs_left)
+            if self._trainer is not None and self._trainer.optimizers:
+                self.log("slimkit/lr", self._trainer.optimizers[0].param_groups[0]["lr"])
             if not self.distillation:
                 return simulated(*args, **kwargs)
             distillation = self.distillation[0]
+            batch = args[0] if args else kwargs.get("batch")
+            batch_idx = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
             with distillation.watching() as caught:
+                if not self.automatic_optimization:
+                    taught = functools.partial(self._taught, caught, batch, batch_idx)
+                    with adding(self.inner, caught, taught):
+                        return simulated(*args, **kwargs)
                 output = simulated(*args, **kwargs)
             if output is None:
                 return None
             loss = output["loss"] if isinstance(output, Mapping) else output
-            batch = args[0] if args else kwargs.get("batch")
-            batch_idx = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
-            now = self._now(distillation, batch_idx)
-            total = weight_at(distillation.recipe.label_weight, now) * loss
-            compare = self._simulated(distillation.losses_of)
-            terms = compare(caught, batch, batch_idx, now, self._trainer)
-            for name, value in terms.items():
-                self.log(f"distill/{name}", value.detach())
-                total = total + value
-            self.state.distilled = True
+            total = self._taught(caught, batch, batch_idx, loss)
             return {**output, "loss": total} if isinstance(output, Mapping) else total
 
         return train
+
+    def _taught(self, caught: Catch, batch: Any, batch_idx: int, loss: Tensor) -> Tensor:
+        """The module's own loss and the distillation losses, by their weights."""
+        distillation = self.distillation[0]
+        now = self._now(distillation, batch_idx)
+        total = weight_at(distillation.recipe.label_weight, now) * loss
+        compare = self._simulated(distillation.losses_of)
+        terms = compare(caught, batch, batch_idx, now, self._trainer)
+        for name, value in terms.items():
+            self.log(f"distill/{name}", value.detach())
+            total = total + value
+        self.state.distilled = True
+        return total
 
     def _now(self, distillation: Distillation, batch_idx: int) -> float:
         """The fraction of the training that has passed; 0 where no weight asks for it."""

@@ -27,12 +27,14 @@ from slimkit.pruning.statistics import Measured
 from slimkit.pruning.targets import Target
 from slimkit.recipe import Prune
 from slimkit.registry import discover
+from slimkit.training.entering import Entry
 from slimkit.training.following import log_pruning
 from slimkit.training.logged import logged
 from slimkit.training.optimizers import shrink_optimizers_
 from slimkit.training.ranks import averaged, check_alike, several
 from slimkit.training.strategies import rewrap_
 from slimkit.training.timeline import progress
+from slimkit.training.twins import Twins
 from slimkit.training.window import PruningCallback
 
 if TYPE_CHECKING:
@@ -85,8 +87,7 @@ def selector_of(
 
 
 def scores_of(
-    inner: pl.LightningModule,
-    network: nn.Module,
+    entry: Entry,
     coupling: Coupling,
     recipe: Prune,
     batches: Iterable[Any],
@@ -94,20 +95,21 @@ def scores_of(
     """What the recipe's criterion says of each group's channels, before any training.
 
     Args:
-        inner: gives the loss, where the criterion needs gradients.
-        network: its network.
+        entry: to the network of the module that gives the loss, where gradients are needed.
         coupling: the network's groups.
         recipe: names the criterion.
         batches: training batches, for gradients and activations.
 
     Raises:
-        SlimkitError: the criterion needs a loss, and `inner` gives none.
+        SlimkitError: the criterion needs a loss, and the module gives none.
     """
     ref = recipe.criterion
     criterion: Criterion = discover().create("criterion", ref.name, ref.options)
-    with training_loss(inner, ref.name) as loss:
+    with training_loss(entry.inner, ref.name) as loss:
         count = recipe.data_batches
-        return scores_over_batches(network, coupling, criterion, batches, loss, count)
+        return scores_over_batches(
+            entry.network, coupling, criterion, batches, loss, count, inputs=entry
+        )
 
 
 @contextmanager
@@ -148,6 +150,7 @@ class ChannelPruning(PruningCallback):
         self.target = target_of(recipe)
         self.selector: Selector | None = None
         self.regularizer: Regularizer | None = None
+        self._twins: Twins | None = None
         self._chosen: dict[str, Tensor] = {}  # what a growing regularizer penalises
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,6 +162,12 @@ class ChannelPruning(PruningCallback):
         super().load_state_dict(state_dict)
         self._chosen = state_dict.get("chosen", {})
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Note what may follow the network, to see later whether it does."""
+        super().on_train_start(trainer, module)
+        if not self.module.state.cut:
+            self._twins = Twins(self.module.inner, self.module.network)
+
     def on_before_optimizer_step(
         self,
         trainer: pl.Trainer,
@@ -169,11 +178,13 @@ class ChannelPruning(PruningCallback):
 
         Gradients are complete and unscaled here, and not clipped yet.
         """
+        super().on_before_optimizer_step(trainer, _module, optimizer)
         if self.regularizer is None or self.module.state.cut:
             return
         begin, end = self._window
         if progress(trainer, self._batch_idx + 1) >= begin:
-            if self.needs_gradient and len(trainer.optimizers) == 1:
+            automatic = self.module.automatic_optimization
+            if self.needs_gradient and len(trainer.optimizers) == 1 and automatic:
                 self._collect_scores()
                 self._collected = True
             if isinstance(self.regularizer, Growing):
@@ -283,6 +294,10 @@ class ChannelPruning(PruningCallback):
             state.example_inputs,
             spared=self.selector.spared,
         )
+        if self._twins is not None:
+            state.twins = [(twin.path, twin.of) for twin in self._twins.moved()]
+            for more in self._twins.cut_(pairs).values():
+                report.kept.update(more)
         shrink_optimizers_(trainer.optimizers, network, kept_positions(pairs), shapes)
         rewrap_(trainer)
         state.macs_left = macs(network, state.example_inputs) / report.macs[0]

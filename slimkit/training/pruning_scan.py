@@ -15,23 +15,24 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from slimkit.batches import first_sample, inputs_of
+from slimkit.batches import first_sample, samples_in
 from slimkit.errors import PruningError, SlimkitError
 from slimkit.journal import Journal
 from slimkit.progress import quiet
 from slimkit.pruning.coupling import Coupling
 from slimkit.pruning.sensitivity import PRECISION, RATIOS, Curve, Sums, scan
 from slimkit.recipe import Prune, Recipe
-from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
 from slimkit.training.deployment import Loaders
 from slimkit.training.digest import digest
+from slimkit.training.entering import Entry
 from slimkit.training.evaluation import muted
 from slimkit.training.measure import measure_of
 from slimkit.training.module import SlimModule
 from slimkit.training.processes import nothing
 from slimkit.training.pruning import coupling_of, scores_of
 from slimkit.training.scan import trained
+from slimkit.training.transferring import hooks_of
 
 Say = Callable[[str], None]
 
@@ -101,7 +102,7 @@ def curves_of(
     """
     section = module.recipe.prune
     assert section is not None
-    loaders = Loaders(data)
+    loaders = Loaders(data, module.inner)
     batches = drawn(loaders.validation(), module.recipe.trainer.seed, samples, say)
     worker = _Scan(module, section, loaders, batches, folder, precision, say)
     try:
@@ -137,7 +138,7 @@ class _Scan(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.inner = own_copy(module.inner)
-        self.section = section
+        self.section, self.path = section, module.recipe.network
         self.loaders, self.batches = loaders, batches
         self.folder, self.precision, self.say = folder, precision, say
         self.curves: list[Curve] = []
@@ -149,17 +150,18 @@ class _Scan(pl.LightningModule):
         """Scan this process's groups, and gather those of all."""
         say = self.say if self.global_rank == 0 else nothing
         inner, section = self.inner, self.section
-        network = inner.model if isinstance(inner, Classification) else inner
-        moved = _Moved(self.batches, inner, self.device)
+        entry = Entry(inner, self.path)
+        network = entry.network
+        moved = _Moved(self.batches, inner, self.loaders.data, self.device)
         batch = next(iter(moved), None)
         if batch is None:
             raise SlimkitError("the validation data is empty: it gave no batch")
-        inputs = first_sample(inputs_of(batch, network))
+        inputs = first_sample(entry(batch))
         coupling = coupling_of(network, inputs, section)
         if not coupling.groups:
             reasons = "; ".join(f"{n}: {r}" for n, r in list(coupling.frozen.items())[:8])
             raise PruningError(f"nothing can be pruned: {reasons or 'no group'}")
-        measure = measure_of(inner, network, batch, say)
+        measure = measure_of(entry, batch, say)
         rank, ranks = self.global_rank, self.trainer.world_size
         key = self._key(network, coupling, batch, measure.unit)
         whole = Journal(self.folder / JOURNAL, key, _result, say)
@@ -170,7 +172,7 @@ class _Scan(pl.LightningModule):
             say(f"going on from {self.folder}: {len(results)} results are known")
         orders = _orders(whole.header or journal.header)
         if orders is None:
-            scores = scores_of(inner, network, coupling, section, self.loaders.calibration())
+            scores = scores_of(entry, coupling, section, self.loaders.calibration())
             orders = {n: torch.argsort(s, descending=True, stable=True) for n, s in scores.items()}
         header = {"orders": {name: order.tolist() for name, order in orders.items()}}
         journal.start(header)
@@ -243,17 +245,23 @@ def _orders(header: Mapping[str, Any]) -> dict[str, Tensor] | None:
 
 
 class _Moved:
-    """Batches on the module's device."""
+    """Batches on the module's device, through the hooks of the data module or the module."""
 
-    def __init__(self, batches: Any, inner: pl.LightningModule, device: torch.device) -> None:
+    def __init__(
+        self, batches: Any, inner: pl.LightningModule, data: Any, device: torch.device
+    ) -> None:
         self.batches, self.inner, self.device = batches, inner, device
+        self.hooks = hooks_of(data, inner)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            yield self.inner.transfer_batch_to_device(batch, self.device, 0)
+            batch = self.inner.transfer_batch_to_device(batch, self.device, 0)
+            for hook in self.hooks:
+                batch = hook(batch, 0)
+            yield batch
 
 
 def drawn(loader: Any, seed: int, samples: int | None, say: Say) -> Any:
@@ -308,5 +316,4 @@ class _AsTheyCome:
             if self.samples is not None and seen >= self.samples:
                 return
             yield batch
-            sizes = [len(t) for t in inputs_of(batch) if isinstance(t, Tensor) and t.dim()]
-            seen += sizes[0] if sizes else 1
+            seen += samples_in(batch)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimkit.batches import first_sample, inputs_of
+from slimkit.batches import first_sample
 from slimkit.copies import copied
+from slimkit.deploy.agreement import compare
 from slimkit.errors import QuantizationError, SlimkitError
-from slimkit.interfaces import Scheme
+from slimkit.evaluating import evaluating
+from slimkit.interfaces import Scheme, tensors_of
 from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization, learns
 from slimkit.recipe import Quantize
@@ -82,7 +87,7 @@ class QuantizationCallback(pl.Callback):
             return
         module, state = self.module, self.module.state
         if module.fake is None:
-            inputs = first_sample(inputs_of(batch, module.network))
+            inputs = first_sample(module.entry(batch))
             state.example_inputs = inputs
             module.fake = FakeQuantization.of(
                 module.network,
@@ -117,6 +122,20 @@ class QuantizationCallback(pl.Callback):
         fake = self.module.fake
         if fake is not None and fake.state == "quantize" and fake.follows and several():
             share_(b for name in fake.sites.activations for b in fake[name].buffers())
+
+    def on_train_epoch_end(self, _trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Log ``slimkit/sqnr_db``, the least over the outputs for one sample, beside float."""
+        fake = self.module.fake
+        if fake is None or fake.state != "quantize":
+            return
+        network, inputs = self.module.network, self.module.state.example_inputs
+        with isolate_rng(), evaluating(network), torch.no_grad():
+            plain = tensors_of(network(*inputs))
+            with fake.active(network):
+                rounded = tensors_of(network(*inputs))
+        ratio = min(compare(plain, rounded).sqnr_db, default=math.inf)
+        if math.isfinite(ratio):
+            module.log("slimkit/sqnr_db", ratio)
 
     def _begin(self, trainer: pl.Trainer, fake: FakeQuantization) -> None:
         """Round from here on."""

@@ -8,7 +8,6 @@ from typing import Any
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
-from slimkit.batches import inputs_of
 from slimkit.errors import SlimkitError
 from slimkit.recipe import Recipe
 from slimkit.training.deployment import Loaders
@@ -36,13 +35,13 @@ def rehearse(model: nn.Module, recipe: Recipe, data: Callable[[], Any]) -> None:
     with isolate_rng():
         module = SlimModule(model, recipe.model_copy(update={"distill": distill}))
         for distillation in module.distillation:
-            batch = next(iter(Loaders(data()).calibration()), None)
+            batch = next(iter(Loaders(data(), module.inner).calibration()), None)
             if batch is None:
                 return  # said by the training
             module.network.train()
             try:
                 with distillation.watching() as caught:
-                    module.network(*inputs_of(batch, module.network))
+                    module.network(*module.entry(batch))
                 distillation.losses_of(caught, batch)
             except SlimkitError:
                 raise

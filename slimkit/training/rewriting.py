@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning as pl
 from torch import nn
 
-from slimkit.batches import first_sample, inputs_of, to_cpu
+from slimkit.batches import first_sample, to_cpu
 from slimkit.errors import SlimkitError
 from slimkit.recipe import Recipe
 from slimkit.rewriting.known import known
 from slimkit.rewriting.rewrite import rewrite_
+from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders
+from slimkit.training.entering import Entry
 from slimkit.training.evaluation import Evaluator
 
 if TYPE_CHECKING:
@@ -31,27 +34,29 @@ def rewrite_network(module: SlimModule, loaders: Loaders, say: Callable[[str], N
     Raises:
         SlimkitError: there is no batch, or a rewrite fails.
     """
-    recipe = module.recipe
-    evaluate = None
+    recipe, evaluate = module.recipe, None
     if not all(known(rewrite.name).exact for rewrite in recipe.rewrite):
         loader = loaders.selection() or loaders.evaluation()
-        evaluate = Evaluator(module.inner, loader, recipe.metric)
-    network = module.network
-    inputs = _example(loaders, network)
-    report = module.rewrite_(inputs, loaders.calibration(), evaluate)
+        evaluator = Evaluator(module.inner, loader, recipe.metric, recipe.network)
+        evaluate = evaluator if evaluator.can else None
+    inputs = _example(loaders, module.entry)
+    report = module.rewrite_(inputs, module.entry.each(loaders.calibration()), evaluate)
     for line in str(report).splitlines():
         say(line)
 
 
-def rewrite_before_scan(model: nn.Module, recipe: Recipe, loaders: Loaders) -> None:
-    """Rewrite a model in place as a recipe says, for a scan of what comes after."""
+def rewrite_before_scan(model: nn.Module, recipe: Recipe, data: Any) -> None:
+    """Rewrite the network in `model` in place as a recipe says, for a scan of what comes after."""
+    lightning = isinstance(model, pl.LightningModule)
+    inner: Any = model if lightning else Classification(model, recipe.optimizer)
+    entry = Entry(inner, recipe.network)
     chosen = [rewrite.model_dump() for rewrite in recipe.rewrite]
-    rewrite_(model, _example(loaders, model), chosen)
+    rewrite_(entry.network, _example(Loaders(data, inner), entry), chosen)
 
 
-def _example(loaders: Loaders, network: nn.Module) -> tuple[Any, ...]:
-    """One sample of the first training batch."""
+def _example(loaders: Loaders, entry: Entry) -> tuple[Any, ...]:
+    """One sample of the network's inputs in the first training batch."""
     batch = next(iter(loaders.calibration()), None)
     if batch is None:
         raise SlimkitError("the training data is empty: it gave no batch")
-    return first_sample(to_cpu(inputs_of(batch, network)))
+    return first_sample(to_cpu(entry(batch)))

@@ -19,8 +19,9 @@ from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from slimkit.batches import first_sample, inputs_of
+from slimkit.batches import first_sample
 from slimkit.batchnorm import reestimate_
+from slimkit.copies import uncompiled_
 from slimkit.deploy.folder import check_target
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
@@ -105,7 +106,7 @@ def run(
     data = build(data_import.model_dump(), "data", pl.LightningDataModule)
     _check_loaders(data, recipe)
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
-    model = build(model_import.model_dump(), "model", nn.Module)
+    model = uncompiled_(build(model_import.model_dump(), "model", nn.Module))
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
     if recipe.pretrain is not None and not (work / _DENSE).is_file():
@@ -119,7 +120,7 @@ def run(
     if recipe.rewrite:
         with timing.part("rewriting"):
             anew = build(data_import.model_dump(), "data", pl.LightningDataModule)
-            rewrite_network(module, Loaders(anew), say)
+            rewrite_network(module, Loaders(anew, module.inner), say)
     if recipe.prune is not None and recipe.prune.ratios == "sensitivity":
         with timing.part("scanning sensitivity"):
             say("measuring how sensitive each group is to pruning")
@@ -137,7 +138,7 @@ def run(
         if recipe.trainer.max_epochs:
             _fit(module, data, work, say)
         elif recipe.prune is not None:
-            _prune_at_once(module, Loaders(data), say)
+            _prune_at_once(module, Loaders(data, module.inner), say)
     part()
     if not is_first():
         return None
@@ -292,7 +293,7 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     batch = next(iter(loaders.calibration()), None)
     if batch is None:
         raise SlimkitError("the training data is empty: it gave no batch")
-    inputs = first_sample(inputs_of(batch, network))
+    inputs = first_sample(module.entry(batch))
     module.state.example_inputs = inputs
     if section.granularity == "channel":
         report = _cut_at_once(module, section, inputs, loaders)
@@ -314,9 +315,10 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
                 batches=loaders.calibration(),
                 loss=loss,
                 count=section.data_batches,
+                inputs_in=module.entry,
             )
     module.state.cut = True
-    used = reestimate_(network, loaders.calibration(), section.batchnorm_batches)
+    used = reestimate_(network, loaders.calibration(), section.batchnorm_batches, module.entry)
     weights = sum(count for count, _ in report.weights.values())
     living = sum(count for _, count in report.weights.values())
     zeros = f", {1 - living / weights:.1%} of the weights are zero" if weights else ""
@@ -333,7 +335,7 @@ def _cut_at_once(
     coupling = coupling_of(network, inputs, section)
     backends = [plugin.name for plugin in module.recipe.export]
     selector = selector_of(network, coupling, inputs, section, backends, module.curves)
-    scores = scores_of(module.inner, network, coupling, section, loaders.calibration())
+    scores = scores_of(module.entry, coupling, section, loaders.calibration())
     return cut_to_target_(network, selector, scores, target_of(section), inputs)
 
 
@@ -370,6 +372,9 @@ class EpochLine(pl.Callback):
         parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
         if isinstance(module, SlimModule):
             parts += [module.phase, f"{module.state.macs_left:.0%} of MACs left"]
+        ratio = trainer.callback_metrics.get("slimkit/sqnr_db")
+        if ratio is not None:
+            parts.append(f"SQNR {float(ratio):.1f} dB")
         for name, value in trainer.callback_metrics.items():
             if name in ("train_loss",) or name.startswith("val_"):
                 parts.append(f"{name} {float(value):.4f}")

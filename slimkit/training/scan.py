@@ -11,7 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from slimkit.batches import inputs_of, samples_of, to_cpu
+from slimkit.batches import samples_of, to_cpu
+from slimkit.copies import uncompiled_
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.journal import Journal
@@ -19,8 +20,10 @@ from slimkit.quantization.calibration import quantize
 from slimkit.quantization.sensitivity import Sensitivity, rank
 from slimkit.recipe import Recipe
 from slimkit.registry import discover
+from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders
 from slimkit.training.digest import digest
+from slimkit.training.entering import Entry
 from slimkit.training.evaluation import muted
 from slimkit.training.rewriting import rewrite_before_scan
 from slimkit.weights import load_weights
@@ -44,10 +47,14 @@ def scan(
     """
     if recipe.quantize is None:
         raise SlimkitError("the recipe has no quantize section: there is nothing to scan")
-    model, data = trained(recipe, say)
-    model = model.cpu()
+    whole, data = trained(recipe, say)
+    lightning = isinstance(whole, pl.LightningModule)
+    inner: Any = whole if lightning else Classification(whole, recipe.optimizer)
+    entry = Entry(inner.cpu(), recipe.network)
+    model = entry.network
     section = recipe.quantize
-    batches = list(islice(Loaders(data).calibration(), section.calibration_batches))
+    loader = Loaders(data, inner).calibration()
+    batches = list(islice(entry.each(loader), section.calibration_batches))
     if not batches:
         raise SlimkitError("the training data is empty: it gave no batch")
     options = {ref.name: ref.options for ref in recipe.export}
@@ -63,7 +70,7 @@ def scan(
         batches=section.calibration_batches,
         keep_float=kept,
     ).eval()
-    few = samples_of(to_cpu(inputs_of(batches[0], model)), 0, samples)
+    few = samples_of(to_cpu(batches[0][0]), 0, samples)
     key = _key(quantized, few, backend)
     kept_results = Journal(journal, key, _place, say)
     if kept_results.results:
@@ -83,13 +90,13 @@ def trained(recipe: Recipe, say: Callable[[str], None]) -> tuple[nn.Module, pl.L
     with muted():
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     data = build(recipe.data.model_dump(), "data", pl.LightningDataModule)
-    model = build(recipe.model.model_dump(), "model", nn.Module)
+    model = uncompiled_(build(recipe.model.model_dump(), "model", nn.Module))
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
     elif recipe.pretrain is not None:
         say("the recipe has no weights: this scans the model as it is built, before any training")
     if recipe.rewrite:
-        rewrite_before_scan(model, recipe, Loaders(data))
+        rewrite_before_scan(model, recipe, data)
     return model, data
 
 

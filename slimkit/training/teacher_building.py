@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from slimkit.copies import uncompiled_
 from slimkit.deploy.artifact import load
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
@@ -16,60 +16,71 @@ from slimkit.recipe import Distill, Optimizer
 from slimkit.recipe import Teacher as Wanted
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
+from slimkit.training.entering import Entry
 from slimkit.training.teachers import Average, Peer, Teacher
 from slimkit.weights import load_weights
 
 
-def teachers_of(
-    recipe: Distill, inner: pl.LightningModule | nn.Module, network: nn.Module, optimizer: Optimizer
-) -> list[Teacher]:
+def teachers_of(recipe: Distill, entry: Entry, optimizer: Optimizer) -> list[Teacher]:
     """The teachers that a recipe names, built without drawing a random number.
 
     Args:
         recipe: the distill section.
-        inner: the student's LightningModule.
-        network: its network, as it is before anything is compressed.
+        entry: to the student, as it is before anything is compressed.
         optimizer: for a peer that is a plain module.
 
     Raises:
         SlimkitError: one cannot be built, loaded, or trained.
     """
     with torch.random.fork_rng():
-        return [_built(wanted, recipe, inner, network, optimizer) for wanted in recipe.teacher]
+        return [_built(wanted, recipe, entry, optimizer) for wanted in recipe.teacher]
 
 
-def _built(
-    wanted: Wanted, recipe: Distill, inner: Any, network: nn.Module, optimizer: Optimizer
-) -> Teacher:
+def _built(wanted: Wanted, recipe: Distill, entry: Entry, optimizer: Optimizer) -> Teacher:
+    learns = wanted.learns or wanted.kind == "mutual"
     if wanted.kind == "ema":
-        return Average(own_copy(network), wanted, recipe)
+        return Average(own_copy(entry.network), wanted, recipe)
+    made: nn.Module
     if wanted.kind == "import":
         what = {"target": wanted.name, "options": wanted.options}
-        made = build(what, "distill.teacher", nn.Module)
+        made = uncompiled_(build(what, "distill.teacher", nn.Module))
     elif wanted.kind == "file":
-        made = _from_file(Path(wanted.name), network)
+        made = _from_file(Path(wanted.name), entry)
     else:
-        made = own_copy(network)
+        made = _again(entry)
     if wanted.weights is not None:
         _load(made, wanted.weights)
-    if not (wanted.learns or wanted.kind == "mutual"):
-        return Teacher(made, wanted, recipe)
+    network = _part(made, entry)
+    if not learns:
+        return Teacher(network, wanted, recipe)
     if isinstance(made, pl.LightningModule):
-        return Peer((made, made), wanted, recipe)
-    if not isinstance(inner, Classification):
+        return Peer((made, network), wanted, recipe)
+    if not isinstance(entry.inner, Classification):
         raise SlimkitError(
             f"distill.teacher: {wanted.name} returns a {type(made).__name__}, which has no loss to "
             "learn by: return a LightningModule"
         )
-    return Peer((Classification(made, optimizer), made), wanted, recipe)
+    return Peer((Classification(made, optimizer), network), wanted, recipe)
 
 
-def _from_file(path: Path, network: nn.Module) -> nn.Module:
+def _part(made: nn.Module, entry: Entry) -> nn.Module:
+    """What stands beside the student's network: the part of that path, or all where it has none."""
+    parts = dict(made.named_modules(remove_duplicate=False))
+    return made if entry.path is None else parts.get(entry.path, made)
+
+
+def _again(entry: Entry) -> nn.Module:
+    """A copy of the student's model, around its network."""
+    own = own_copy(entry.inner)
+    return own.model if isinstance(own, Classification) else own
+
+
+def _from_file(path: Path, entry: Entry) -> nn.Module:
     if not path.exists():
         raise SlimkitError(f"distill.teacher: there is no file or folder {path} in {Path.cwd()}")
     if path.is_dir():
         return load(path)
-    made = own_copy(network)
+    made = _again(entry)
     _load(made, path)
     return made
 

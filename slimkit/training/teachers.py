@@ -63,10 +63,11 @@ class Teacher:
             except SlimkitError as error:
                 raise SlimkitError(f"{self.who} {error}") from error
 
-    def move_to(self, device: torch.device) -> None:
-        """Be where the student is."""
-        if device != self._device:
-            self.network.to(device)
+    def move_to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Be where the student is, and compute in what it computes in."""
+        own = next((p.dtype for p in self.network.parameters()), dtype)
+        if device != self._device or (dtype is not None and dtype != own):
+            self.network.to(device, dtype)
             self._device = device
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], say: Say) -> Given:
@@ -193,10 +194,11 @@ class Peer(Teacher):
         """As messages call it."""
         return f"the peer {self.name}"
 
-    def move_to(self, device: torch.device) -> None:
-        """Be where the student is."""
-        if device != self._device:
-            self.module.to(device)
+    def move_to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Be where the student is, and compute in what it computes in."""
+        own = next((p.dtype for p in self.network.parameters()), dtype)
+        if device != self._device or (dtype is not None and dtype != own):
+            self.module.to(device=device, dtype=dtype)
             self._device = device
 
     def step(self, batch: Any, batch_idx: int, trainer: pl.Trainer | None) -> Given:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimkit.batches import first_sample, inputs_of, samples_in
+from slimkit.batches import first_sample, samples_in
 from slimkit.batchnorm import reestimate_
 from slimkit.errors import PruningError, SlimkitError
 from slimkit.interfaces import Criterion
@@ -112,7 +112,7 @@ class PruningCallback(pl.Callback, ABC):
         self._batch_idx, self._collected, self._samples = batch_idx, False, samples_in(batch)
         state = self.module.state
         if self.masks is None and (self.lasting or not state.cut):
-            inputs = first_sample(inputs_of(batch, self.module.network))
+            inputs = first_sample(self.module.entry(batch))
             state.example_inputs = of_the_first(inputs, self._device) if several() else inputs
             self._analyse()
             self._check_gradients()
@@ -120,6 +120,20 @@ class PruningCallback(pl.Callback, ABC):
             self._recent.append(batch)
         if not state.cut and state.updates >= self._updates:
             self._make_final(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, _module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Score by the gradients before a step by hand, which may throw them away at once."""
+        if self.module.automatic_optimization or self.masks is None or self.module.state.cut:
+            return
+        if not self.needs_gradient or progress(trainer, self._batch_idx + 1) < self._window[0]:
+            return
+        named = dict(self.module.network.named_parameters(remove_duplicate=False))
+        mine = {id(named[name]) for name in self._scored() if name in named}
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            self._collect_scores()
+            self._collected = True
 
     def on_train_batch_end(
         self,
@@ -163,7 +177,7 @@ class PruningCallback(pl.Callback, ABC):
             self._finish_settling()
             batches = trainer.train_dataloader or ()
             network = self.module.network
-            used = reestimate_(network, batches, self.recipe.batchnorm_batches)
+            used = reestimate_(network, batches, self.recipe.batchnorm_batches, self.module.entry)
             if used and several():
                 norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
                 average_(b for norm in norms for b in norm.buffers() if b.is_floating_point())
@@ -214,7 +228,7 @@ class PruningCallback(pl.Callback, ABC):
             named = network.named_parameters(remove_duplicate=False)
             squares = {n: self._samples * p.grad.square() for n, p in named if p.grad is not None}
         if needs & MEASURED and self._measured is None:
-            self._measured = measure(network, self._recent, len(self._recent))
+            self._measured = measure(network, self._recent, len(self._recent), self.module.entry)
             if several():
                 _pool_(self._measured.values())
         return self._score(self._measured, squares)
@@ -224,7 +238,7 @@ class PruningCallback(pl.Callback, ABC):
         begin, end = self._window
         if now < begin:
             return
-        if self.needs_gradient and not self._collected:
+        if self.needs_gradient and not self._collected and self.module.automatic_optimization:
             self._collect_scores()
         window = max(end - begin, 1e-9)
         due = min(self._updates, math.floor((now - begin) / window * self._updates + 1e-9))
@@ -233,6 +247,8 @@ class PruningCallback(pl.Callback, ABC):
         if due > self.module.state.updates:
             if not self.needs_gradient:
                 self._collect_scores()
+            if not self._scores and not self.module.automatic_optimization:
+                return  # no step of this network's optimizer yet
             self._take(due)
 
     def _take(self, due: int) -> None:

@@ -106,3 +106,42 @@ def test_a_scan_is_of_the_rewritten_network():
 
     model, _ = trained(Recipe.parse(RECIPE), print)
     assert model.conv.in_channels == 3
+
+
+def test_a_checkpoint_from_before_the_cut_loads_into_the_rewritten_network():
+    prune = {"target": {"flops": 0.6}, "during": [0.0, 0.5], "batchnorm_batches": 0}
+    x = torch.randn(2, 3, 8, 8)
+    modules = [slimkit.SlimModule(net(), {**RECIPE, "prune": prune}) for _ in range(2)]
+    for module in modules:
+        module.rewrite_(x)
+    checkpoint = {"state_dict": modules[0].state_dict()}
+    modules[0].on_save_checkpoint(checkpoint)
+    pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(
+        modules[1], Data()
+    )
+    assert modules[1].network.body.out_channels < 24
+    modules[1].on_load_checkpoint(checkpoint)
+    modules[1].load_state_dict(checkpoint["state_dict"])
+    assert modules[1].network.conv.weight.shape == (16, 3, 6, 6)
+    assert torch.equal(modules[1].network.eval()(x), modules[0].network.eval()(x))
+
+
+def test_only_the_named_part_is_rewritten():
+    class Whole(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.net = nn.SiLU(), net()
+
+        def training_step(self, batch, batch_idx):
+            return functional.cross_entropy(self.net(self.before(batch[0])), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    recipe = {k: v for k, v in RECIPE.items() if k != "task"} | {"network": "net"}
+    module = slimkit.SlimModule(Whole(), recipe)
+    batch = next(iter(Data().train_dataloader()))
+    report = module.rewrite_(module.entry(batch), [batch])
+    assert [one.places for one in report.done] == [1, 2]
+    assert isinstance(module.inner.before, nn.SiLU)
+    assert module.inner.net.conv.kernel_size == (6, 6)
