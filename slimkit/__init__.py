@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from slimkit.pruning.prune import prune
     from slimkit.quantization.calibration import quantize
     from slimkit.recipe import Recipe
+    from slimkit.rewriting.rewrite import rewrite
     from slimkit.training.module import SlimModule
 
 _WHERE = {
@@ -30,6 +31,7 @@ _WHERE = {
     "load": "slimkit.deploy.artifact",
     "prune": "slimkit.pruning.prune",
     "quantize": "slimkit.quantization.calibration",
+    "rewrite": "slimkit.rewriting.rewrite",
     "save": "slimkit.deploy.save",
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "load",
     "prune",
     "quantize",
+    "rewrite",
     "save",
 ]
 

@@ -18,6 +18,7 @@ from slimkit.errors import PluginError, Problem, RecipeError, SlimkitError, did_
 from slimkit.fields import is_file, is_import_path
 from slimkit.recipe import Loss, Prune, Recipe, Trainer
 from slimkit.registry import discover
+from slimkit.rewriting.known import REWRITES
 from slimkit.strict_yaml import load
 from slimkit.validation import fit
 
@@ -46,6 +47,7 @@ def problems(recipe_path: str | Path) -> list[Problem]:
     except RecipeError as error:
         found += error.problems
     found += _plugins(document)
+    found += _rewrites(document.get("rewrite"))
     for key, what in (("model", "the model"), ("data", "a LightningDataModule")):
         if document.get(key) is None:
             found.append(Problem(key, f"is required: package.module:name of what returns {what}"))
@@ -57,8 +59,8 @@ def problems(recipe_path: str | Path) -> list[Problem]:
 
 
 def _combinations(recipe: Recipe) -> Iterator[Problem]:
-    if not recipe.prune and not recipe.quantize:
-        yield Problem("", "nothing to do: give 'prune', 'quantize' or both")
+    if not recipe.prune and not recipe.quantize and not recipe.rewrite:
+        yield Problem("", "nothing to do: give 'prune', 'quantize', 'rewrite' or several of them")
     if recipe.prune:
         yield from _window(recipe, recipe.prune)
     if not recipe.prune or recipe.prune.granularity != "channel":
@@ -100,6 +102,15 @@ def _plugins(document: Mapping[str, Any]) -> Iterator[Problem]:
                 yield from _call(f"{path}.options", plugin.target, options, keyword_only=True)
             except SlimkitError as error:
                 yield Problem(path, f"{plugin}: {error}")
+
+
+def _rewrites(section: object) -> Iterator[Problem]:
+    """Options that a rewrite does not take."""
+    for i, reference in enumerate(section if isinstance(section, list) else ()):
+        name, options = _parts(reference, "name")
+        if name in REWRITES:  # else the schema complains
+            target = REWRITES[name].target
+            yield from _call(f"rewrite[{i}].options", target, options, keyword_only=True)
 
 
 def _import(path: str, reference: object) -> Iterator[Problem]:

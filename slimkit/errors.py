@@ -47,6 +47,10 @@ class PruningError(SlimkitError):
     """Nothing was pruned, or the asked target cannot be reached."""
 
 
+class RewritingError(SlimkitError):
+    """A rewrite is unknown, found nothing to do, or changed what the model computes."""
+
+
 class QuantizationError(SlimkitError):
     """Nothing was quantized, or calibration data or ranges are unusable."""
 

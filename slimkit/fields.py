@@ -13,11 +13,13 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidatorFunctionWrapHandler,
+    WithJsonSchema,
     WrapValidator,
 )
 
-from slimkit.errors import did_you_mean
+from slimkit.errors import RewritingError, did_you_mean
 from slimkit.places import parse
+from slimkit.rewriting.known import REWRITES, known
 
 
 def _no_bool(value: Any) -> Any:
@@ -218,6 +220,20 @@ else:  # a union would put its members' names into the paths of problems
         WrapValidator(_ratios, json_schema_input_type=dict[str, NotAll] | Literal["sensitivity"]),
         PlainSerializer(lambda ratios: ratios),
     ]
+
+
+def _rewrite(name: str) -> str:
+    try:
+        return known(name).name
+    except RewritingError as error:
+        raise ValueError(str(error)) from None
+
+
+RewriteName = Annotated[
+    str,
+    AfterValidator(_rewrite),
+    WithJsonSchema({"enum": list(REWRITES), "type": "string"}),
+]
 ImportPath = Annotated[str, AfterValidator(_import_path)]
 Side = str | tuple[str, ...]
 Place = Annotated[str | tuple[Side, Side], BeforeValidator(_place)]

@@ -38,6 +38,7 @@ from slimkit.fields import (
     Place,
     Positive,
     Ratios,
+    RewriteName,
     Share,
     TeacherName,
     bare,
@@ -64,6 +65,13 @@ class PluginRef(_Node):
     """A plugin by name, with options for its constructor."""
 
     name: str = Field(description="What `slimkit list-plugins` calls it.")
+    options: Options = {}
+
+
+class Rewrite(_Node):
+    """A rewrite by name, with its options."""
+
+    name: RewriteName = Field(description="One of docs/rewriting.md.")
     options: Options = {}
 
 
@@ -195,6 +203,7 @@ class Metric(_Node):
 
 AnImport = Annotated[Import, bare("target", str | Import)]
 APlugin = Annotated[PluginRef, bare("name", str | PluginRef)]
+ARewrite = Annotated[Rewrite, bare("name", str | Rewrite)]
 ATeacher = Annotated[Teacher, bare("name", str | Teacher)]
 Teachers = Annotated[tuple[ATeacher, ...], one_or_more(str | Teacher | tuple[str | Teacher, ...])]
 ALoss = Annotated[Loss, bare("name", str | Loss)]
@@ -656,6 +665,11 @@ class Recipe(_Node):
     output: Path | None = Field(
         default=None, description="Folder; null: runs/ and the recipe's name."
     )
+    rewrite: tuple[ARewrite, ...] = Field(
+        default=(),
+        description="What is rewritten for the target before anything else, in order: exact "
+        "rewrites are verified, what approximate ones cost is measured, and training recovers it.",
+    )
     prune: Prune | None = Field(default=None, description="Remove channels.")
     distill: Distill | None = Field(
         default=Distill(), description="Learn from the dense model; false or null turns it off."
@@ -697,6 +711,17 @@ class Recipe(_Node):
                     "quantize.train_from",
                     f"should not be before the end of prune.during ({end}), not {begin}",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _not_padded_before_the_cut(self) -> Self:
+        names = [rewrite.name for rewrite in self.rewrite]
+        if self.prune and self.prune.granularity == "channel" and "pad-channels" in names:
+            raise Misfit(
+                f"rewrite[{names.index('pad-channels')}]",
+                "pruning would take the channels of zeros first: leave pad-channels out, and say "
+                "prune.round_to instead",
+            )
         return self
 
     @classmethod

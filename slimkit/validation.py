@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import (
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
-def option_types(cls: type[Any]) -> tuple[dict[str, Any], set[str]]:
-    """Annotation of each keyword-only argument of a constructor, and the names without default."""
+def option_types(cls: Callable[..., Any]) -> tuple[dict[str, Any], set[str]]:
+    """Annotation of each keyword-only argument of a callable, and the names without default."""
     types, required = {}, set()
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
@@ -32,12 +32,12 @@ def option_types(cls: type[Any]) -> tuple[dict[str, Any], set[str]]:
     return types, required
 
 
-def _resolved(cls: type[Any], name: str, annotation: Any) -> Any:
+def _resolved(cls: Any, name: str, annotation: Any) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
     if not isinstance(annotation, str):
         return annotation
-    constructor: Any = cls.__init__
+    constructor: Any = cls.__init__ if inspect.isclass(cls) else cls
     try:
         return eval(annotation, inspect.unwrap(constructor).__globals__)
     except NameError as error:

@@ -291,3 +291,25 @@ def test_the_recipe_of_the_demo_is_good_and_checked_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] False"
+
+
+def test_rewrites_are_looked_up_and_their_options_read(here):
+    rewrite = [
+        "silu-to-hardswich",
+        {"name": "gelu-to-tanh", "options": {"an": ["x"]}},
+        "focus-to-conv",
+    ]
+    problems = found(here, rewrite=rewrite)
+    assert problems["rewrite[0].name"].endswith("did you mean 'silu-to-hardswish'?")
+    assert problems["rewrite[1].options.an"] == "no such option; there are: at"
+    assert len(problems) == 2
+
+
+def test_channels_are_not_padded_in_front_of_channel_pruning(here):
+    assert "prune.round_to" in found(here, rewrite=["focus-to-conv", "pad-channels"])["rewrite[1]"]
+    weights = {"granularity": "element", "target": {"ratio": 0.5}}
+    assert not found(here, rewrite=["pad-channels"], prune=weights)
+
+
+def test_rewrites_alone_are_something_to_do(here):
+    assert not found(here, rewrite=["focus-to-conv"], prune=None)

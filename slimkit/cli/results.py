@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 def show(release: Release, seconds: Mapping[str, float], *, as_json: bool) -> None:
     """The table, the verdicts and where the artifact is; or all of it as JSON."""
+    from slimkit.rewriting.report import summarized
+
     rows = [row.as_dict() for row in release.rows]
     metric = release.metric.name if release.metric is not None else None
     if as_json:
@@ -23,6 +25,7 @@ def show(release: Release, seconds: Mapping[str, float], *, as_json: bool) -> No
             "data": release.data,
             "rows": rows,
             "verdicts": release.verdicts,
+            "rewriting": summarized(release.rewriting),
             "seconds": dict(seconds),
         }
         click.echo(json.dumps(content, indent=1))
@@ -39,6 +42,8 @@ def show(release: Release, seconds: Mapping[str, float], *, as_json: bool) -> No
     console.print(table(rows, metric))
     console.print()
     console.print(footnote(release.data, rows[0]["agreement"]["inputs"], metric, rows))
+    for rewrite in summarized(release.rewriting):
+        console.print(f"{rewrite['name']}: {rewrite['places']} places; {rewrite['cost']}.")
     for sentence in unmeasured(rows):
         console.print(sentence)
     for runtime, verdict in release.verdicts.items():

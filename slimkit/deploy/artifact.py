@@ -24,6 +24,8 @@ from slimkit.pruning.removal import remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.quantization.fake import FakeQuantization, Fixed, QuantizedModel
 from slimkit.quantization.sites import Sites
+from slimkit.rewriting.changes import apply_
+from slimkit.rewriting.report import RewritingReport, report_in
 
 WEIGHTS, PROGRAM = "weights.safetensors", "model.pt2"
 
@@ -70,6 +72,7 @@ def write(directory: Path, contents: Contents) -> None:
     if contents.program is not None:
         torch.export.save(contents.program, directory / PROGRAM)
     report: PruningReport | None = getattr(contents.network, "slimkit_pruning", None)
+    rewriting: RewritingReport | None = getattr(contents.network, "slimkit_rewriting", None)
     write_manifest(
         directory,
         {
@@ -78,6 +81,7 @@ def write(directory: Path, contents: Contents) -> None:
             "recipe": contents.recipe,
             "plugins": record([*contents.used, *used_by(contents.network, contents.quantized)]),
             "metrics": contents.metrics,
+            "rewriting": [] if rewriting is None else rewriting.as_list(),
             "pruning": None if report is None else asdict(report),
             "quantization": quantization,
         },
@@ -122,6 +126,10 @@ def load(
                 "pass model="
             )
         return _Graph(torch.export.load(folder / PROGRAM).module())
+    if content.get("rewriting"):
+        rewriting = report_in(content["rewriting"])
+        apply_(network, rewriting.changes)
+        network.slimkit_rewriting = rewriting  # type: ignore[assignment]  # a plain attribute
     if content["pruning"] is not None:
         report = _report_in(content["pruning"])
         remove_(network, report.kept, report.attributes)

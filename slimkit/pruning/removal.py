@@ -142,10 +142,10 @@ def remove_(model: nn.Module, kept: Kept, attributes: Attributes | None = None) 
         tensor.grad = None
         smaller = cut(tensor.data, dims)
         if tensor.requires_grad:  # else autograd goes on expecting gradients of the old shape
-            _forget_gradient_shape_(tensor)
+            forget_gradient_shape_(tensor)
         tensor.data = smaller
     for module in modules.values():
-        _fit_attributes_(module)
+        fit_attributes_(module)
     for path, numbers in (attributes or {}).items():
         for name, number in numbers.items():
             setattr(modules[path], name, number)
@@ -153,7 +153,7 @@ def remove_(model: nn.Module, kept: Kept, attributes: Attributes | None = None) 
         pass
 
 
-def _forget_gradient_shape_(tensor: Tensor) -> None:
+def forget_gradient_shape_(tensor: Tensor) -> None:
     """Make autograd take the tensor's shape anew at the next forward.
 
     As long as a graph lives that read the tensor (a loss that was kept), its gradient accumulator
@@ -163,7 +163,7 @@ def _forget_gradient_shape_(tensor: Tensor) -> None:
     tensor.data = torch.empty(0, dtype=other, device=tensor.device)
 
 
-def _fit_attributes_(module: nn.Module) -> None:
+def fit_attributes_(module: nn.Module) -> None:
     """Bring the sizes that a layer remembers in line with its tensors."""
     if isinstance(module, _ConvNd):
         first, second = module.weight.shape[:2]

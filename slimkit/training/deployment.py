@@ -29,6 +29,7 @@ from slimkit.quantization.fake import QuantizedModel
 from slimkit.recipe import Metric
 from slimkit.registry import discover
 from slimkit.report.page import write_report
+from slimkit.rewriting.report import RewritingReport, summarized
 from slimkit.training.copies import own_copy
 from slimkit.training.entering import Entry
 from slimkit.training.evaluation import Evaluator
@@ -50,6 +51,7 @@ class Release:
         metric: which metric the rows hold; None where there was no data to evaluate on.
         data: what they were measured on: ``test`` or ``validation``.
         verdicts: per runtime, whether int8 pays.
+        rewriting: what was rewritten before, and what it cost.
     """
 
     directory: Path
@@ -57,6 +59,7 @@ class Release:
     metric: Metric | None
     data: str
     verdicts: dict[str, str]
+    rewriting: RewritingReport | None = None
 
 
 def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
@@ -107,7 +110,14 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
             evaluate=evaluator if evaluator.can else None,
             labels=_labels(module),
         )
-        result = Release(directory, rows, evaluator.metric, loaders.evaluated_on, verdicts(rows))
+        result = Release(
+            directory,
+            rows,
+            evaluator.metric,
+            loaders.evaluated_on,
+            verdicts(rows),
+            module.rewriting,
+        )
         misses = missed(
             recipe.gates,
             rows,
@@ -230,7 +240,8 @@ def _check_done(module: SlimModule) -> None:
 
 def _labels(module: SlimModule) -> dict[str, str]:
     """What to call the stages: by what was really done."""
-    done = ["pruned"] if module.state.cut else []
+    done = ["rewritten"] if module.rewriting else []
+    done += ["pruned"] if module.state.cut else []
     done += ["distilled"] if module.state.distilled else []
     return {"compressed": " + ".join(done) or "float", "int8": "int8, deployed"}
 
@@ -336,6 +347,7 @@ def _write(
         "rows": [row.as_dict() for row in result.rows],
         "verdicts": result.verdicts,
         "missed": misses,
+        "rewriting": summarized(result.rewriting),
         "corrections": {name: plain(made.corrections) for name, made in quantized.items()},
         "pruning": None if report is None else {"groups": report.groups, "frozen": report.frozen},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from pytorch_lightning.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from slimkit.batches import as_inputs
 from slimkit.copies import compiled_parts
 from slimkit.errors import SlimkitError
 from slimkit.parts import part_of
@@ -23,6 +24,9 @@ from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization
 from slimkit.quantization.sites import Sites
 from slimkit.recipe import Recipe
+from slimkit.rewriting.changes import apply_
+from slimkit.rewriting.report import RewritingReport
+from slimkit.rewriting.rewrite import Evaluate, rewrite_
 from slimkit.training.averages import averages_of
 from slimkit.training.catching import Catch
 from slimkit.training.classification import Classification
@@ -138,6 +142,22 @@ class SlimModule(pl.LightningModule):
         return self._dense[0]
 
     @property
+    def rewriting(self) -> RewritingReport | None:
+        """What was rewritten of the network."""
+        return getattr(self.network, "slimkit_rewriting", None)
+
+    def _dense_as_rewritten(self) -> nn.Module:
+        """The dense network in the structure that the network has before a cut."""
+        before: RewritingReport | None = getattr(self.dense, "slimkit_rewriting", None)
+        changes = self.rewriting.changes if self.rewriting else []
+        since = changes[len(before.changes) if before else 0 :]
+        if not since:
+            return self.dense
+        dense = own_copy(self.dense)
+        apply_(dense, since)
+        return dense
+
+    @property
     def averaging_teachers(self) -> list[nn.Module]:
         """The networks of teachers that are averages of this one."""
         return [a.network for distillation in self.distillation for a in distillation.averages]
@@ -150,6 +170,30 @@ class SlimModule(pl.LightningModule):
         if self.recipe.prune is not None and not self.state.cut:
             return "pruning" if self.state.updates else "before pruning"
         return "recovery" if self.recipe.prune is not None else "training"
+
+    def rewrite_(
+        self,
+        example_inputs: Any,
+        data: Iterable[Any] | None = None,
+        evaluate: Evaluate | None = None,
+    ) -> RewritingReport:
+        """Rewrite the network as the recipe says, before it is trained; `dense` stays as it is.
+
+        Args:
+            example_inputs: a tensor, or a tuple of the network's arguments.
+            data: batches to measure on what approximate rewrites cost; left out, the inputs.
+            evaluate: the metric of a module, measured before and after approximate rewrites.
+
+        Raises:
+            RewritingError: a rewrite finds nothing to do, or an exact one changes the outputs.
+        """
+        before = self.rewriting.changes if self.rewriting else []
+        chosen = [rewrite.model_dump() for rewrite in self.recipe.rewrite]
+        inputs = as_inputs(example_inputs)
+        report = rewrite_(self.network, inputs, chosen, data=data, evaluate=evaluate)
+        for average in self.averaging_teachers:
+            apply_(average, report.changes[len(before) :])
+        return report
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's forward, with fake-quantizers once they are there."""
@@ -175,6 +219,11 @@ class SlimModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, before training; then the wrapped module's own set-up."""
+        if stage == "fit" and self.recipe.rewrite and self.rewriting is None:
+            raise SlimkitError(
+                "the recipe rewrites the network: call module.rewrite_(example_inputs) before "
+                "Trainer.fit"
+            )
         if stage == "fit" and self.recipe.quantize is not None:
             for backend in self.recipe.export:  # weight_bits that do not fit are said now
                 scheme_of(backend.name, self.recipe.quantize)
@@ -213,8 +262,9 @@ class SlimModule(pl.LightningModule):
         self.state = Progress(**saved["progress"])
         self.fake = None
         networks = (self.network, *averages_of(self, self._trainer))
+        dense = self._dense_as_rewritten()
         for network in networks:  # the checkpoint may be from before a cut
-            restore_(network, self.dense)
+            restore_(network, dense)
         if saved["report"] is not None:
             report = PruningReport(**saved["report"])
             for network in networks:
@@ -223,7 +273,7 @@ class SlimModule(pl.LightningModule):
             for path, of in self.state.twins:
                 twin = self.inner.get_submodule(path)
                 if id(twin) not in inside:
-                    restore_(twin, part_of(self.dense, of or None))
+                    restore_(twin, part_of(dense, of or None))
                     cut_twin_(twin, of, report.kept, report.attributes)
             self.network.slimkit_pruning = report  # type: ignore[assignment]
         states = saved.get("distillation", ())

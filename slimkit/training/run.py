@@ -50,6 +50,7 @@ from slimkit.training.pruning import (
 from slimkit.training.pruning_scan import curves_of, starting
 from slimkit.training.ranks import of_the_first, several
 from slimkit.training.rehearsal import rehearse
+from slimkit.training.rewriting import rewrite_network
 from slimkit.training.sparsity import weights_ratio
 from slimkit.weights import load_weights
 
@@ -118,6 +119,10 @@ def run(
         model = _pretrained(recipe, model, data, work, say)
     module = SlimModule(model, recipe)
     module.announce = say
+    if recipe.rewrite:
+        with timing.part("rewriting"):
+            anew = build(data_import.model_dump(), "data", pl.LightningDataModule)
+            rewrite_network(module, Loaders(anew, module.inner), say)
     if recipe.prune is not None and recipe.prune.ratios == "sensitivity":
         with timing.part("scanning sensitivity"):
             say("measuring how sensitive each group is to pruning")

@@ -25,6 +25,7 @@ from slimkit.training.deployment import Loaders
 from slimkit.training.digest import digest
 from slimkit.training.entering import Entry
 from slimkit.training.evaluation import muted
+from slimkit.training.rewriting import rewrite_before_scan
 from slimkit.weights import load_weights
 
 
@@ -94,6 +95,8 @@ def trained(recipe: Recipe, say: Callable[[str], None]) -> tuple[nn.Module, pl.L
         load_weights(model, recipe.weights)
     elif recipe.pretrain is not None:
         say("the recipe has no weights: this scans the model as it is built, before any training")
+    if recipe.rewrite:
+        rewrite_before_scan(model, recipe, data)
     return model, data
 
 
