@@ -63,6 +63,7 @@ bench: $(TEST)/.ready  ## all of benchmarks/, hours; SLIMKIT_DATA names the data
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/ddp.py --data $(SLIMKIT_DATA) --output runs/ddp.md
 	PYTHONPATH=.:benchmarks:$(ZOO_PATH) $(TEST)/bin/python benchmarks/calibration.py --output runs/calibration.md
 	$(TEST)/bin/pip install --quiet --constraint constraints.txt pycocotools
+	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/rewriting.py --data $(SLIMKIT_DATA) --output runs/rewriting.md
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/quantization.py --data $(SLIMKIT_DATA) --output runs/quantization.md
 	$(TEST)/bin/slimkit run benchmarks/cifar10/recipe.yaml --output runs/cifar10
 
