@@ -331,7 +331,8 @@ class SlimModule(pl.LightningModule):
             simulated = self._simulated(step)
             if self.recipe.prune is not None:
                 self.log("slimkit/macs_left", self.state.macs_left)
-            if self._trainer is not None and self._trainer.optimizers:
+            learns = self.recipe.prune or self.distillation or self.fake
+            if learns and self._trainer is not None and self._trainer.optimizers:
                 self.log("slimkit/lr", self._trainer.optimizers[0].param_groups[0]["lr"])
             if not self.distillation:
                 return simulated(*args, **kwargs)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from slimkit.errors import PruningError, SlimkitError
 from slimkit.pruning.sensitivity import Divergence, LossIncrease
 from slimkit.recipe import Recipe
+from slimkit.training.entering import Entry
 from slimkit.training.measure import measure_of
 from slimkit.training.module import SlimModule
 from slimkit.training.pruning_scan import curves_of, drawn, scan_pruning
@@ -71,7 +72,7 @@ def test_the_measure_is_the_loss_that_the_module_has(monkeypatch) -> None:
     batch = next(iter(Batches().val_dataloader()))
     for kind in (Lit, Returned):
         module, said = kind().eval(), []
-        measure = measure_of(module, module, batch, said.append)
+        measure = measure_of(Entry(module), batch, said.append)
         assert isinstance(measure, LossIncrease)
         assert said == []
         wanted = torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
@@ -79,7 +80,7 @@ def test_the_measure_is_the_loss_that_the_module_has(monkeypatch) -> None:
     for kind, reason in ((Silent, "neither returns nor logs a loss"), (Broken, "no")):
         said = []
         module = kind().eval()
-        assert isinstance(measure_of(module, module, batch, said.append), Divergence)
+        assert isinstance(measure_of(Entry(module), batch, said.append), Divergence)
         assert reason in said[0]
 
 

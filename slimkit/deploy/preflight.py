@@ -1,0 +1,167 @@
+"""Says before any training what a target cannot run, runs in float, or runs slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from slimkit.calls import WEIGHTED, Call, Trace, trace
+from slimkit.errors import ExportError, SlimkitError
+from slimkit.interfaces import Backend, Scheme
+from slimkit.quantization.calibration import quantize
+from slimkit.quantization.fake import QuantizedModel
+from slimkit.quantization.finished import finish
+from slimkit.registry import blame_for
+
+_MOVES = frozenset({
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "T", "mT", "movedim",
+    "squeeze", "unsqueeze", "expand", "contiguous", "chunk", "split", "unbind", "getitem", "roll",
+    "repeat", "narrow", "size", "dim", "numel", "shape", "data", "device", "dtype", "type", "to",
+    "float", "detach", "clone", "is_floating_point", "dropout", "stochastic_depth",
+})  # fmt: skip
+"""Operations that compute nothing, or nothing in evaluation mode."""
+
+_REWRITES = {
+    "silu": ("hardswish", "silu-to-hardswish"),
+    "sigmoid": ("hardsigmoid", "sigmoid-to-hardsigmoid"),
+}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What one backend makes of one model.
+
+    Args:
+        backend: its name.
+        kind: ``float`` or ``int8``.
+        problems: what keeps it from compiling, one sentence each; empty if it will.
+        in_float: of int8: sentence for sentence, which operations compute in float, why, and what
+            helps.
+        slow: what runs, but not at full speed, and what helps.
+    """
+
+    backend: str
+    kind: str
+    problems: tuple[str, ...] = ()
+    in_float: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
+
+
+def preflight(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    backends: Mapping[str, Backend],
+    *,
+    quantized: bool = True,
+    weights: str | Mapping[str, Any] = "minmax",
+    activations: str | Mapping[str, Any] = "minmax",
+    keep_float: Iterable[str] = (),
+    weight_bits: int | None = None,
+) -> list[Preflight]:
+    """Ask every backend about the float model, and about its int8, without a file being kept.
+
+    Args:
+        model: in float; it is not changed.
+        inputs: one sample of its inputs, on which ranges are found as well.
+        backends: by name.
+        quantized: whether int8 is asked about.
+        weights: quantizer of the weights.
+        activations: quantizer of the activations.
+        keep_float: patterns of layers that stay in float.
+        weight_bits: width of the weights' integers.
+    """
+    found = []
+    for name, backend in backends.items():
+        found.append(Preflight(name, "float", tuple(_problems(model, inputs, backend))))
+        if quantized:
+            options = {"weights": weights, "activations": activations, "weight_bits": weight_bits}
+            found.append(_integers(model, inputs, name, backend, [*keep_float], options))
+    return found
+
+
+def _problems(model: nn.Module, inputs: tuple[Any, ...], backend: Backend) -> list[str]:
+    try:
+        deployable = finish(model, inputs)
+    except ExportError as error:
+        return [str(error)]
+    with blame_for("backend", backend, f"checking {type(model).__name__}"):
+        return backend.check(deployable)
+
+
+def _integers(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    name: str,
+    backend: Backend,
+    keep_float: list[str],
+    options: Mapping[str, Any],
+) -> Preflight:
+    patterns = [pattern for pattern in keep_float if pattern != "auto"]
+    try:
+        simulated = quantize(model, [(inputs,)], backend, keep_float=patterns, **options)
+    except SlimkitError as error:
+        return Preflight(name, "int8", (str(error),))
+    traced = trace(simulated.model, inputs)
+    return Preflight(
+        name,
+        "int8",
+        tuple(_problems(simulated, inputs, backend)),
+        tuple(_in_float(traced, simulated, backend.scheme)),
+        tuple(_slow(traced, simulated, backend)),
+    )
+
+
+def _in_float(traced: Trace, simulated: QuantizedModel, scheme: Scheme) -> list[str]:
+    """One sentence for each operation and reason, the most frequent first."""
+    sites = simulated.fake.sites
+    rounded = {*sites.inputs, *sites.outputs, *sites.weights, *sites.inner}
+    found: dict[tuple[str, str], list[Call]] = {}
+    for call in traced.calls:
+        known = call.op in scheme.operations | scheme.steps
+        silent = call.op in _MOVES | scheme.keeps | scheme.fuses | {"batch_norm"}
+        if call.name in sites.skipped:
+            reason = sites.skipped[call.name]
+        elif known or silent or call.name in rounded or not call.inputs:
+            continue
+        else:
+            reason = "not among what it computes in integers"
+            better, rewrite = _REWRITES.get(call.op, ("", ""))
+            if better in scheme.operations | scheme.steps:
+                reason += f"; rewrite: [{rewrite}] makes it {better}, which is"
+        found.setdefault((call.op, reason), []).append(call)
+    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+    return [
+        f"{op}, {_counted(calls)}: {reason}"
+        for (op, reason), calls in ordered
+    ]  # fmt: skip
+
+
+def _slow(traced: Trace, simulated: QuantizedModel, backend: Backend) -> list[str]:
+    """Layers whose channels are no multiple of what the backend computes at full speed."""
+    multiple = backend.channel_multiple
+    if multiple == 1:
+        return []
+    odd = []
+    for call in traced.calls:
+        path = call.weight_path if call.op in WEIGHTED else None
+        if path is not None and call.name in simulated.fake.sites.weights:
+            channels = simulated.model.get_parameter(path).shape[0]
+            if channels % multiple:
+                odd.append(call)
+    if not odd:
+        return []
+    return [
+        f"{_counted(odd)} make channels that are no multiple of {multiple}: prune to it "
+        f"(prune.round_to: {multiple}, the default for this backend), or fill up with "
+        "rewrite: [pad-channels]"
+    ]
+
+
+def _counted(calls: list[Call]) -> str:
+    places = [call.name.split(":")[0].replace("/", ".") or "the model" for call in calls]
+    unique = list(dict.fromkeys(places))
+    listed = ", ".join(unique[:3]) + (", ..." if len(unique) > 3 else "")
+    return f"{len(calls)} call{'s' if len(calls) > 1 else ''} ({listed})"
