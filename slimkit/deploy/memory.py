@@ -63,7 +63,6 @@ def peaks(
     Returns:
         By the same names. Never raises for a file that fails: its problem says what happened.
     """
-
     told = {name: _told(*file, inputs) for name, file in files.items()}
     files = {name: file for name, file in files.items() if told[name] is None}
     elsewhere = {name: peak for name, peak in told.items() if peak is not None}

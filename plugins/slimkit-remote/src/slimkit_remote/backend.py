@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimkit.errors import UnavailableError
+from slimkit.errors import ExportError, UnavailableError
 from slimkit.importing import backend_named
 from slimkit.interfaces import Backend, Deployable, TimedRunner
 from slimkit_remote.connection import Connection, Place
@@ -77,9 +77,14 @@ class Remote(Backend):
             UnavailableError: the board cannot be reached, or lacks Python, a package or disk space.
             ExportError: its runtime refuses the files.
         """
-        connection = self._sent(directory)
+        connection = self._connected()
         request = {"do": "open", "runtime": self.runtime, "threads": threads}
-        connection.ask("opening the model", request)
+        try:
+            connection.send(directory)
+            connection.ask("opening the model", request)
+        except ExportError:
+            connection.close()
+            raise
         return _Runner(connection)
 
     def threads(self) -> int:
@@ -117,11 +122,6 @@ class Remote(Backend):
             )
         return Connection(self.place)
 
-    def _sent(self, directory: Path) -> Connection:
-        connection = self._connected()
-        connection.send(directory)
-        return connection
-
     def _once(
         self,
         directory: Path,
@@ -130,8 +130,9 @@ class Remote(Backend):
         arrays: Sequence[np.ndarray] = (),
     ) -> dict[str, Any]:
         """The answer to one request about the files, over a connection of its own."""
-        connection = self._sent(directory)
+        connection = self._connected()
         try:
+            connection.send(directory)
             return connection.ask(doing, request, arrays)
         finally:
             connection.close()

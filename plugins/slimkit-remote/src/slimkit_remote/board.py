@@ -147,12 +147,16 @@ class Board:
         """Write files into a new folder, which `close` removes."""
         self._folder = Path(tempfile.mkdtemp(prefix="slimkit-", dir=head["folder"] or None))
         self._made = True
-        for name, size in head["files"].items():
-            path = self._folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                while size:
-                    size -= file.write(body.read(min(size, CHUNK)))
+        try:
+            for name, size in head["files"].items():
+                path = self._folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
+                    while size:
+                        size -= file.write(body.read(min(size, CHUNK)))
+        except OSError:
+            self.close()  # a full disk is not to stay full of this
+            raise
         return {}, b""
 
     def open(self, head: dict[str, Any], _body: Body) -> Answer:
