@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,18 @@ def test_a_folder_that_is_not_there(server: Loopback, files: Path, tmp_path: Pat
 
 
 def test_a_run_that_hangs(server: Loopback, files: Path, tmp_path: Path) -> None:
-    sleeps = python(tmp_path, SESSION.format("time.sleep(8)"))
-    found = message(files, {**server.options, "python": sleeps, "timeout": 3.0})
+    sleeps = python(tmp_path, SESSION.format("time.sleep(100)"))
+    (tmp_path / "board").mkdir()
+    options = {**server.options, "python": sleeps, "folder": str(tmp_path / "board")}
+    found = message(files, {**options, "timeout": 3.0})
     assert found == (
         f"127.0.0.1 port {server.port} said nothing for 3 s while running the model: look whether "
         "it is overloaded or hangs, or raise the option timeout"
     )
+    end = time.monotonic() + 15
+    while list((tmp_path / "board").iterdir()) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not list((tmp_path / "board").iterdir())  # the run was ended there, too
 
 
 def test_long_timing_is_no_silence(server: Loopback, files: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +98,8 @@ class Remote(Backend):
 
     def peak_bytes(self, directory: Path, inputs: tuple[Tensor, ...]) -> int:
         """What two processes of the board held at most, with the files less without them."""
-        request = {"do": "peak", "runtime": self.runtime, "runs": _PEAK_RUNS}
+        limit = math.ceil(self.place.timeout)
+        request = {"do": "peak", "runtime": self.runtime, "runs": _PEAK_RUNS, "limit": limit}
         answer = self._once(directory, "measuring memory", request, _arrays(inputs))
         return int(answer["bytes"])
 

@@ -12,7 +12,7 @@ Requests, by their ``do``:
     open {runtime, threads}             -> opens what was sent
     run                                 -> (body: inputs, and the answer's: outputs)
     time {runs}                         -> ms: of each run on the body's inputs
-    peak {runtime, runs}                -> bytes, in processes of their own
+    peak {runtime, runs, limit}         -> bytes, in processes of their own, for so many seconds
     profile {runtime, warm_up, runs}    -> ms, operators (body: inputs, or none for zeros)
 
 An answer that failed has ``error`` (its kind) and ``says``. While runs take long, answers with
@@ -26,12 +26,14 @@ import io
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import statistics
 import struct
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     Answer = tuple[dict[str, Any], bytes]
 
 HEAD = struct.Struct(">IQ")
+GRACE_S = 2.0  # for a run to end by itself once nobody waits for it
 SIGN_S = 1.0  # of life, while runs take longer than this
 CHUNK = 1 << 20  # bytes
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -184,14 +187,14 @@ class Board:
         """Largest resident memory of a process that runs the files, less that of one without."""
         runtime, arrays = RUNTIMES[head["runtime"]], unpacked(body)
         with tempfile.TemporaryDirectory(dir=str(self._folder)) as nothing:
-            base = child_peak(lambda: attempt(runtime, Path(nothing)))
+            base = child_peak(lambda: attempt(runtime, Path(nothing)), head["limit"])
 
         def work() -> None:
             model = runtime(self._folder, 1)
             for _ in range(head["runs"]):
                 model.run(arrays)
 
-        return {"bytes": max(0, child_peak(work) - base)}, b""
+        return {"bytes": max(0, child_peak(work, head["limit"]) - base)}, b""
 
     def profile(self, head: dict[str, Any], body: Body) -> Answer:
         """Operators by type: how many are executed, and the milliseconds of a median run."""
@@ -241,12 +244,13 @@ def attempt(runtime: Any, folder: Path) -> None:
         pass
 
 
-def child_peak(work: Callable[[], None]) -> int:
-    """Largest resident memory, in bytes, of a forked process that does `work`."""
+def child_peak(work: Callable[[], None], limit: int) -> int:
+    """Largest resident memory, in bytes, of a forked process that does `work` in `limit` s."""
     with tempfile.TemporaryFile() as told:
         child = os.fork()
         if child == 0:
             try:
+                signal.alarm(limit)
                 work()
             except BaseException as error:
                 told.write(reason(error).encode())
@@ -318,8 +322,23 @@ class Body:
             self.read(CHUNK)
 
 
-def serve(stream: IO[bytes], sink: IO[bytes]) -> None:
-    """Answer requests until the stream ends."""
+def leave_when_alone(board: Board, descriptor: int) -> None:
+    """End the process once nobody can send requests any more, even inside a run that hangs."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(descriptor, 0)  # what is always told: that the other end hung up
+        while not poll.poll():
+            pass
+        time.sleep(GRACE_S)
+        board.close()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def serve(stream: IO[bytes], sink: IO[bytes], descriptor: int | None = None) -> None:
+    """Answer requests until the stream ends; then, at the latest, end what a descriptor is of."""
 
     def answer(head: dict[str, Any], body: bytes) -> None:
         text = json.dumps(head).encode()
@@ -327,6 +346,8 @@ def serve(stream: IO[bytes], sink: IO[bytes]) -> None:
         sink.flush()
 
     board = Board(answer)
+    if descriptor is not None:
+        leave_when_alone(board, descriptor)
     try:
         while True:
             front = stream.read(HEAD.size)
@@ -355,7 +376,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    serve(sys.stdin.buffer, sink)
+    serve(sys.stdin.buffer, sink, sys.stdin.fileno())
 
 
 if __name__ == "__main__":
