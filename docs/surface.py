@@ -27,11 +27,11 @@ MODULES = {
     "slimkit.interfaces": "What a plugin implements, and the records that it meets.",
     "slimkit.errors": "What slimkit raises.",
     "slimkit.testing": "What a plugin's tests use.",
-    "slimkit.importing": "For backends: packages that may be missing.",
+    "slimkit.importing": "For backends: packages that may be missing, and other backends.",
     "slimkit.onnx_export": "For backends that go by way of ONNX.",
     "slimkit.disk": "For backends whose runtime does not say that a disk is full.",
 }
-ONLY = {"slimkit.importing": ["required"]}
+ONLY = {"slimkit.importing": ["backend_named", "required"]}
 """Public names of modules that have others as well."""
 HEAD = """\
 # The public surface

@@ -1,4 +1,4 @@
-"""Imports what may be missing: what a recipe names by import path, and a backend's packages."""
+"""Imports what may be missing: what a recipe names by import path, and what a backend needs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import sys
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slimkit.errors import SlimkitError, UnavailableError, did_you_mean
+
+if TYPE_CHECKING:
+    from slimkit.interfaces import Backend
 
 T = TypeVar("T")
 
@@ -71,3 +74,19 @@ def required(module: str, backend: str, distribution: str | None = None) -> Any:
         raise UnavailableError(
             f"the {backend} backend needs {module}: pip install {distribution or module}"
         ) from error
+
+
+def backend_named(name: str, options: Mapping[str, Any] | None = None) -> Backend:
+    """The backend that a recipe would call `name`, for one that stands on it.
+
+    Args:
+        name: what ``slimkit list-plugins`` calls it.
+        options: keyword-only arguments of its constructor.
+
+    Raises:
+        PluginError: there is none, or an option does not fit.
+    """
+    from slimkit.registry import discover
+
+    backend: Backend = discover().create("backend", name, options)
+    return backend

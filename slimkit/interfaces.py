@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ __all__ = [
     "Layer",
     "Quantizer",
     "Scheme",
+    "TimedRunner",
 ]
 
 
@@ -276,6 +277,20 @@ Runner = Callable[..., Sequence[Tensor]]
 """Takes the model's input tensors, gives its output tensors flattened in order (CPU tensors)."""
 
 
+@runtime_checkable
+class TimedRunner(Protocol):
+    """A `Runner` whose runs are timed where they happen: on a device that calls take time to reach.
+
+    A backend's `load` may give one. slimkit then asks it for times instead of timing its calls.
+    """
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """What every runner does."""
+
+    def times(self, inputs: tuple[Tensor, ...], runs: int) -> list[float]:
+        """Milliseconds of each of `runs` runs on `inputs`, one after the other, on the device."""
+
+
 class Backend(ABC):
     """Compiles a finished model into files and runs them; slimkit measures.
 
@@ -308,6 +323,21 @@ class Backend(ABC):
 
         The directory may be gone once this returns: read what you need.
         """
+
+    def threads(self) -> int | None:
+        """How many threads can compute at once on the device that `load` opens files on.
+
+        None: as many as this process may use, since that is where they run.
+        """
+        return None
+
+    def peak_bytes(self, directory: Path, inputs: tuple[Tensor, ...]) -> int | None:  # noqa: ARG002
+        """Resident memory that opening and running the files on one thread adds on the device.
+
+        It is added to a process there that has the runtime and no file. None: slimkit measures a
+        process on this machine.
+        """
+        return None
 
     def operators(self, directory: Path) -> dict[str, int]:  # noqa: ARG002
         """How many operators of each type the runtime executes, as it names them.

@@ -46,7 +46,7 @@ class Row:
         operators: operator types that the runtime executes, with counts.
         variant: the runtime's own float precision, such as ``bf16``; empty for float32 and int8.
         latency_all: of one sample on all of `threads`; None where there is one.
-        threads: that the process may use at once.
+        threads: that compute at once where the file runs: of this process, or of a device.
         peak_bytes: resident memory that opening and running the file adds to a process that has
             the runtime; None where it could not be measured.
         operator_ms: of one run on one thread, per operator type, where the runtime tells.
@@ -168,7 +168,7 @@ def release(
                     operators=item.backend.operators(item.directory),
                     variant=item.variant,
                     latency_all=every.get(str(item)),
-                    threads=usable_threads(),
+                    threads=_threads(item.backend),
                     peak_bytes=peak.bytes,
                     operator_ms=item.backend.profile(item.directory, sample),
                     unmeasured={**item.unmeasured, **_problem(peak)},
@@ -206,12 +206,20 @@ def _variants(
 def _on_all_threads(
     files: list[Stage], sample: tuple[Tensor, ...], seconds: float
 ) -> dict[str, Latency]:
-    """Latency of each file on every thread that the process may use; empty where that is one."""
-    threads = usable_threads()
-    if threads == 1:
+    """Latency of each file on every thread of where it runs; nothing of one that has only one."""
+    runners = {
+        str(s): s.backend.load(s.directory, threads=threads)
+        for s in files
+        if (threads := _threads(s.backend)) > 1
+    }
+    if not runners:
         return {}
-    runners = {str(s): s.backend.load(s.directory, threads=threads) for s in files}
     return measure(runners, sample, seconds=seconds, least_runs=10, what="measuring on all threads")
+
+
+def _threads(backend: Backend) -> int:
+    """How many threads compute at once where its files run."""
+    return backend.threads() or usable_threads()
 
 
 def _problem(peak: Peak) -> dict[str, str]:

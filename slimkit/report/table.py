@@ -65,8 +65,8 @@ def footnote(
 ) -> str:
     """What the columns were measured on."""
     name = (metric or "metric").removeprefix("val_")
-    threads = max((row.get("threads", 1) for row in rows), default=1)
-    every = f", and on all {threads}" if threads > 1 else ""
+    threads = sorted({row.get("threads", 1) for row in rows} - {1})
+    every = f", and on all {' or '.join(map(str, threads))}" if threads else ""
     said = (
         f"{name} and agreement: computed by the files on {inputs:,} {data} inputs; agreement is "
         f"with the model that the file was made from. Latency: one sample, one thread{every}."

@@ -209,7 +209,7 @@ class SlimModule(pl.LightningModule):
             callbacks.append((ChannelPruning if channels else WeightPruning)(self, recipe.prune))
         callbacks += [DistillationCallback(self, own) for own in self.distillation]
         if recipe.quantize is not None and recipe.quantize.train_from is not None:
-            first = recipe.export[0].name
+            first = recipe.export[0]
             callbacks.append(QuantizationCallback(self, recipe.quantize, first))
         return callbacks
 
@@ -226,7 +226,7 @@ class SlimModule(pl.LightningModule):
             )
         if stage == "fit" and self.recipe.quantize is not None:
             for backend in self.recipe.export:  # weight_bits that do not fit are said now
-                scheme_of(backend.name, self.recipe.quantize)
+                scheme_of(backend, self.recipe.quantize)
         self.inner.setup(stage)
         gate = self.recipe.gates.accuracy_drop
         own = type(self.inner).validation_step is not pl.LightningModule.validation_step
@@ -283,7 +283,7 @@ class SlimModule(pl.LightningModule):
         if saved["fake"] is not None and quantize is not None:
             self.fake = FakeQuantization(
                 Sites(**saved["fake"]["sites"]),
-                scheme_of(self.recipe.export[0].name, quantize),
+                scheme_of(self.recipe.export[0], quantize),
                 maker(quantize.weights.model_dump()),
                 maker(quantize.activations.model_dump()),
                 dict(self.network.named_parameters(remove_duplicate=False)),

@@ -18,7 +18,7 @@ from slimkit.evaluating import evaluating
 from slimkit.interfaces import Scheme, tensors_of
 from slimkit.quantization.calibration import maker
 from slimkit.quantization.fake import FakeQuantization, learns
-from slimkit.recipe import Quantize
+from slimkit.recipe import PluginRef, Quantize
 from slimkit.registry import discover
 from slimkit.training.averages import copies_of
 from slimkit.training.optimizers import add_group_
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from slimkit.training.module import SlimModule
 
 
-def scheme_of(backend: str, recipe: Quantize) -> Scheme:
-    """The arithmetic of the backend called `backend`, with weights as wide as the recipe says."""
-    return discover().create("backend", backend).scheme.narrowed(recipe.weight_bits)
+def scheme_of(backend: PluginRef, recipe: Quantize) -> Scheme:
+    """The arithmetic of one of the recipe's backends, with weights as wide as the recipe says."""
+    made = discover().create("backend", backend.name, backend.options)
+    return made.scheme.narrowed(recipe.weight_bits)
 
 
 class QuantizationCallback(pl.Callback):
@@ -51,10 +52,10 @@ class QuantizationCallback(pl.Callback):
         SlimkitError: an option would do nothing.
     """
 
-    def __init__(self, module: SlimModule, recipe: Quantize, backend: str) -> None:
+    def __init__(self, module: SlimModule, recipe: Quantize, backend: PluginRef) -> None:
         self.module = module
         self.recipe = recipe
-        self.backend = backend
+        self.backend = backend.name
         self.scheme = scheme_of(backend, recipe)
         self._frozen: set[str] = set()  # what has been said to be
         chosen = recipe.activations

@@ -72,3 +72,26 @@ def test_runners_get_the_inputs() -> None:
     seen = []
     measure({"a": lambda *inputs: seen.append(inputs)}, (1, 2), least_runs=10, most_runs=10)
     assert set(seen) == {(1, 2)}
+
+
+class Told:
+    """A runner far away: calls take 50 ms, and 2 ms of them the runs themselves."""
+
+    def __init__(self, call) -> None:
+        self.call, self.asked = call, []
+
+    def __call__(self, *inputs):
+        return self.call()
+
+    def times(self, inputs, runs):
+        self.asked.append((inputs, runs))
+        return [2.0] * runs
+
+
+def test_a_runner_that_tells_its_times_is_not_timed_here(clock) -> None:
+    told = Told(clock(0.050))
+    found = measure({"there": told, "here": clock(0.005)}, (1,), seconds=1.0)
+    assert found["there"] == measurement.Latency(2.0, 2.0, found["here"].runs)
+    assert found["here"].median_ms == pytest.approx(5)
+    assert found["here"].runs == 200  # what the slower of both can do in the time
+    assert told.asked == [((1,), 1)] * 3 + [((1,), 20)] * 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hungry import MIB, Crashing, Hanging, Hungry
 from nets import normal
 
-from slimkit.deploy.memory import peaks
+from slimkit.deploy.memory import Peak, peaks
 
 X = (normal(1, 3),)
 
@@ -59,3 +59,25 @@ def test_a_backend_that_no_other_process_can_have_is_a_reason(tmp_path) -> None:
     found = peaks(wanted, X)
     assert found["local"].problem.startswith("the backend cannot be sent to another process")
     assert found["good"].bytes > 45 * MIB
+
+
+class Elsewhere(Hungry):
+    """Says itself what its files need."""
+
+    def peak_bytes(self, directory, inputs):
+        return int((directory / "size").read_text()) * len(inputs)
+
+
+def test_a_backend_that_knows_its_memory_is_believed(tmp_path) -> None:
+    wanted = files(tmp_path, here=50, there=7)
+    wanted["there"] = (Elsewhere(), wanted["there"][1])
+    found = peaks(wanted, X)
+    assert found["there"] == Peak(7)
+    assert found["here"].bytes > 45 * MIB
+
+
+def test_a_device_that_fails_to_measure_is_a_reason(tmp_path) -> None:
+    wanted = files(tmp_path, there="no number")
+    wanted["there"] = (Elsewhere(), wanted["there"][1])
+    found = peaks(wanted, X)
+    assert found["there"].problem.startswith("ValueError: invalid literal")

@@ -181,6 +181,22 @@ def test_files_are_timed_on_all_threads_where_there_are_several(
     assert set(opened) == {1, threads}
 
 
+@pytest.mark.parametrize("threads", [1, 5])
+def test_a_device_has_threads_of_its_own(tmp_path, monkeypatch, threads: int) -> None:
+    class Device(Reference):
+        def threads(self):
+            return threads
+
+    monkeypatch.setattr("slimkit.deploy.release.usable_threads", lambda: 2)
+    net = conv_norm().eval()
+    models, backends = {"here": net, "there": net}, {"here": Reference(), "there": Device()}
+    rows = release({"dense": models}, backends, (X,), tmp_path / "e", seconds=0)
+    assert [(r.threads, r.latency_all is None) for r in rows] == [
+        (2, False),
+        (threads, threads == 1),
+    ]
+
+
 def test_peak_memory_is_measured(tmp_path, measuring_memory) -> None:
     net = conv_norm().eval()
     stages, backends = {"dense": {"torch": net}}, {"torch": HungryReference()}

@@ -64,6 +64,8 @@ def test_the_table_fits_120_columns_in_one_line_a_row() -> None:
 def test_the_footnote_counts_the_threads() -> None:
     assert "one thread, and on all 8." in footnote("test", 360, "accuracy", [NEW])
     assert footnote("test", 360, "accuracy", [OLD]).endswith("Latency: one sample, one thread.")
+    board = {**NEW, "threads": 4}
+    assert "and on all 4 or 8." in footnote("test", 360, "accuracy", [NEW, board, NEW])
 
 
 def test_what_is_missing_is_said_once_with_all_its_files() -> None:

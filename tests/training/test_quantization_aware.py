@@ -25,7 +25,7 @@ from slimkit import SlimModule
 from slimkit.errors import QuantizationError, RecipeError, SlimkitError
 from slimkit.interfaces import Scheme
 from slimkit.quantization.fake import QuantizedModel
-from slimkit.recipe import Recipe
+from slimkit.recipe import PluginRef, Recipe
 from slimkit.registry import discover
 from slimkit.training.averages import copies_of
 from slimkit.training.quantization import scheme_of
@@ -423,7 +423,7 @@ def test_a_quantized_model_with_narrower_weights_is_exported_in_one_line(tmp_pat
 
 def test_scheme_of_narrows_what_the_backend_says() -> None:
     recipe = Recipe.parse({"quantize": {"weight_bits": 3}}).quantize
-    assert scheme_of("ncnn", recipe).weights.bits == 3
+    assert scheme_of(PluginRef(name="ncnn"), recipe).weights.bits == 3
 
 
 def test_averaged_weights_have_averaged_ranges() -> None:
