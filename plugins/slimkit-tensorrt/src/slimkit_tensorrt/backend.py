@@ -37,7 +37,8 @@ class TensorRT(Backend):
 
     Where torch sees an NVIDIA GPU and the package ``tensorrt`` is installed, `compile` builds an
     engine as well and `load` runs it. Elsewhere `load` runs the file in ONNX Runtime on the CPU and
-    warns of that once on the log ``slimkit_tensorrt``: times measured so are not TensorRT's. **The engine has not been run by slimkit's authors, who have no such GPU.**
+    warns of that once on the log ``slimkit_tensorrt``: times measured so are not TensorRT's.
+    **slimkit's authors have no such GPU: no engine was ever built by this code.**
 
     Channels are pruned to multiples of 32, on which int8 tensor cores work (NVIDIA, "Optimizing
     for Tensor Cores"); not measured here.

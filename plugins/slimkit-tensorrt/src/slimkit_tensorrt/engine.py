@@ -2,9 +2,9 @@
 
 slimkit's authors have no NVIDIA GPU: this file is written from the Python API reference of TensorRT
 10 (`Builder`, `OnnxParser`, `ICudaEngine`, `IExecutionContext`,
-https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/index.html), and tests
-call it with a stand-in for the package only, which shows the order of calls and nothing else.
-Everything that needs a GPU is here.
+https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/index.html). Tests call
+`build` with a stand-in for the package, which shows which calls it makes and nothing else; `Engine`
+has never been run. Everything that needs a GPU is here.
 """
 
 from __future__ import annotations
