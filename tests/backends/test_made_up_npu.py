@@ -14,14 +14,14 @@ from slimkit.testing.networks import made
 
 
 class Residual(nn.Module):
-    """96 channels in a stream and 64 in its branch, with a batch-norm behind each layer."""
+    """128 channels in a stream and 96 in its branch, with a batch-norm behind each layer."""
 
     def __init__(self):
         super().__init__()
-        self.stem, self.stem_norm = nn.Conv2d(3, 96, 3, padding=1), nn.BatchNorm2d(96)
-        self.down, self.down_norm = nn.Conv2d(96, 64, 1, bias=False), nn.BatchNorm2d(64)
-        self.up, self.up_norm = nn.Conv2d(64, 96, 3, padding=1, bias=False), nn.BatchNorm2d(96)
-        self.head = nn.Linear(96, 10)
+        self.stem, self.stem_norm = nn.Conv2d(3, 128, 3, padding=1), nn.BatchNorm2d(128)
+        self.down, self.down_norm = nn.Conv2d(128, 96, 1, bias=False), nn.BatchNorm2d(96)
+        self.up, self.up_norm = nn.Conv2d(96, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128)
+        self.head = nn.Linear(128, 10)
 
     def forward(self, x):
         x = functional.max_pool2d(functional.relu(self.stem_norm(self.stem(x))), 2)
@@ -37,26 +37,24 @@ def npu(install):
     return MadeUpNpu()
 
 
-@pytest.fixture
-def pruned():
+def pruned(backend=()):
     torch.manual_seed(0)
     model = Residual().eval()
     for norm in (model.stem_norm, model.down_norm, model.up_norm):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         norm.running_var.uniform_(0.5, 1.5)
-    return lambda: slimkit.prune(
-        model, torch.zeros(1, 3, 16, 16), target={"ratio": 0.3}, backend="made-up-npu"
-    )
+    small = slimkit.prune(model, torch.zeros(1, 3, 16, 16), target={"ratio": 0.5}, backend=backend)
+    return small, [layer.out_channels for layer in (small.stem, small.down, small.up)]
 
 
 def images(seed=0):
     return torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def test_channels_are_pruned_to_multiples_of_32_and_the_file_agrees(npu, pruned, tmp_path):
-    model = pruned()
-    widths = [layer.out_channels for layer in (model.stem, model.down, model.up)]
-    assert widths == [64, 32, 64]
+def test_channels_are_pruned_to_multiples_of_32_and_the_file_agrees(npu, tmp_path):
+    assert pruned()[1] == [64, 48, 64]
+    model, widths = pruned("made-up-npu")
+    assert widths == [64, 64, 64]
     small = slimkit.quantize(model, [images()], backend="made-up-npu")
     artifact = slimkit.export(
         small, images()[:1], "made-up-npu", directory=tmp_path / "out", data=[images(1)]
