@@ -64,6 +64,9 @@ def test_channels_are_pruned_to_multiples_of_32_and_the_file_agrees(npu, tmp_pat
     assert artifact.row.operators["conv2d int8"] == 3
     assert artifact.row.operators["add int8"] == 1
     assert "conv2d host" not in artifact.row.operators
+    again = slimkit.load(tmp_path / "out", Residual())
+    with torch.no_grad():
+        assert torch.equal(again(images(2)), small.eval()(images(2)))
 
 
 def test_the_file_computes_what_the_integer_simulation_does_to_the_last_bit(npu, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -16,8 +15,8 @@ _PLAIN = (bool, int, float, str, type(None))
 
 def written(
     deployable: Deployable,
-) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]], list[str]]:
-    """The steps, the constants by name, and what stands in the way, one sentence each.
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The steps, the constants by name as arrays, and what stands in the way in sentences.
 
     A step is ``{"out": name, "op": name, "args": [...], "kwargs": {...}}``, where an argument is a
     plain value, a list, ``{"ref": name}`` for a tensor, or ``{"torch": name}`` for a type.
@@ -30,7 +29,7 @@ def written(
         **signature.inputs_to_lifted_tensor_constants,
     }
     held = {**program.state_dict, **program.constants}
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    tensors: dict[str, Any] = {}
     graph: dict[str, Any] = {"inputs": [], "steps": [], "outputs": []}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name not in owners:
@@ -83,7 +82,7 @@ def _scales_of(node: fx.Node, held: dict[str, Any], owners: dict[str, str]) -> l
     """The one odd rule that a model quantized for something else would break."""
     if not str(node.target).startswith("quantized_decomposed"):
         return []
-    given = node.args[1]
+    given: Any = node.args[1]
     scales = held[owners[given.name]].tolist() if isinstance(given, fx.Node) else [given]
     odd = next((s for s in scales if math.frexp(s)[0] != 0.5), None)
     if odd is None:

@@ -122,8 +122,8 @@ def _pair(graph: Graph, q: Any) -> Iterator[tuple[str, str]]:
         if reader.op_type != "DequantizeLinear":
             yield "C", f"{reader.op_type} stands between it and its DequantizeLinear"
             continue
-        scales = [graph.constant(node.input[1]) for node in (q, reader)]
-        if all(s is not None for s in scales) and not np.array_equal(*scales):
+        there, back = (graph.constant(node.input[1]) for node in (q, reader))
+        if there is not None and back is not None and not np.array_equal(there, back):
             yield "A", "its DequantizeLinear has another scale"
 
 
