@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MANTISSA = 2**23 - 1  # the bits of a float32 below its exponent
+_LARGEST_POWER = 254 << 23  # 2**127 as an integer of the same bits
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -23,6 +26,10 @@ class Grid:
         per_channel: whether every slice along `axis` has a scale of its own.
         axis: the dimension of those slices.
         channels: the number of slices; slimkit fills it in with `sized` when it meets the tensor.
+        full: whether a signed symmetric grid has the integer -(2**(bits-1)) as well, as a runtime
+            that saturates to the whole type does. Scales are those of the narrow one.
+        power_of_two: whether scales are powers of two, for a device that shifts instead of
+            multiplying: the smallest that covers the range.
     """
 
     bits: int = 8
@@ -31,13 +38,15 @@ class Grid:
     per_channel: bool = False
     axis: int = 0
     channels: int = 1
+    full: bool = False
+    power_of_two: bool = False
 
     @property
     def qmin(self) -> int:
         """The smallest integer of the grid."""
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + int(self.symmetric)
+        return -(2 ** (self.bits - 1)) + int(self.symmetric and not self.full)
 
     @property
     def qmax(self) -> int:
@@ -85,10 +94,28 @@ class Grid:
         else:
             scale = (hi - lo) / (self.qmax - self.qmin)
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+        scale = self.steps(scale)
         if self.symmetric:
             return scale, torch.zeros_like(scale, dtype=torch.int32)
         zero_point = (self.qmin - lo / scale).round().clamp(self.qmin, self.qmax)
         return scale, zero_point.to(torch.int32)
+
+    def steps(self, scale: Tensor) -> Tensor:
+        """The smallest scales that the grid may have and that are at least `scale`.
+
+        Those of `scale` themselves, or the powers of two from them on.
+
+        Args:
+            scale: float32, positive and normal numbers, any shape.
+
+        Returns:
+            float32, the same shape, at most 2**127.
+        """
+        if not self.power_of_two:
+            return scale
+        bits = scale.detach().contiguous().view(torch.int32)
+        raised = (bits + _MANTISSA) & ~_MANTISSA  # what is no power of two carries
+        return raised.clamp(max=_LARGEST_POWER).view(torch.float32)
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """The integers of `x` as float: clamp(round(x * (1 / scale)) + zero_point), half to even.

@@ -12,7 +12,14 @@ PACKAGES: dict[str, dict[str, str]] = {
     "criterion": {"ria": "slimkit-ria"},
     "quantizer": {"octav": "slimkit-octav"},
     "loss": {"pair-wise": "slimkit-skd"},
-    "backend": {"aoti": "slimkit-aoti", "openvino": "slimkit-openvino", "remote": "slimkit-remote"},
+    "backend": {
+        "aoti": "slimkit-aoti",
+        "executorch": "slimkit-executorch",
+        "litert": "slimkit-litert",
+        "openvino": "slimkit-openvino",
+        "remote": "slimkit-remote",
+        "tensorrt": "slimkit-tensorrt",
+    },
 }
 """By kind and name, the packages that slimkit's own repository has under ``plugins/``."""
 

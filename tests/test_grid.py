@@ -1,5 +1,7 @@
 """The grid's arithmetic, bit for bit against the same formulas written in numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,34 @@ vectors = arrays(np.float32, st.integers(1, 40), elements=numbers)
 )
 def test_grid_ends_at_the_integers_of_its_kind(grid, limits):
     assert (grid.qmin, grid.qmax) == limits
+
+
+def test_a_full_grid_has_the_lowest_integer_and_the_scales_of_the_narrow_one():
+    full, ends = Grid(full=True), (torch.tensor([-254.0]), torch.tensor([127.0]))
+    assert (full.qmin, full.qmax) == (-128, 127)
+    assert full.qparams(*ends) == Grid().qparams(*ends) == (torch.tensor([2.0]), torch.tensor([0]))
+    assert full.fake_quantize(torch.tensor([-300.0]), *full.qparams(*ends)).item() == -256.0
+
+
+@pytest.mark.parametrize("exponent", range(-126, 128))
+def test_a_step_that_is_a_power_of_two_stays_and_the_next_number_goes_to_the_next_power(exponent):
+    power = np.float32(np.ldexp(1.0, exponent))
+    above = np.nextafter(power, np.float32(np.inf))
+    found = Grid(power_of_two=True).steps(torch.tensor([power, above])).numpy()
+    assert found[0] == power
+    assert found[1] == np.ldexp(np.float32(1), min(exponent + 1, 127))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@settings(max_examples=25, deadline=None)
+@given(vectors)
+def test_scales_that_are_powers_of_two_cover_the_range_and_no_smaller_one_does(grid, x):
+    lo, hi = torch.tensor([x.min()]), torch.tensor([x.max()])
+    plain, _ = grid.qparams(lo, hi)
+    scale, zero_point = replace(grid, power_of_two=True).qparams(lo, hi)
+    assert np.frexp(scale.item())[0] == 0.5
+    assert plain.item() <= scale.item() < 2 * plain.item()
+    assert grid.qmin <= zero_point.item() <= grid.qmax
 
 
 def test_symmetric_scale_is_the_larger_end_over_the_largest_integer():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from slimkit.batches import finite, first_sample, inputs_of, samples_of
+from slimkit.calls import trace
 from slimkit.copies import copied
 from slimkit.errors import QuantizationError, SlimkitError
 from slimkit.evaluating import evaluating
@@ -20,6 +21,7 @@ from slimkit.interfaces import Backend, Grid, Quantizer, tensors_of
 from slimkit.progress import track
 from slimkit.quantization.corrections.apply import apply_
 from slimkit.quantization.fake import Choice, FakeQuantization, Maker, QuantizedModel
+from slimkit.quantization.folding import absorb_
 from slimkit.quantization.mixed import fewest_in_float, without
 from slimkit.registry import discover
 
@@ -156,9 +158,12 @@ def quantize(
     inputs = inputs_of(first, own)
     _check(inputs, 0)
     with _running(0, inputs):
+        sample = _traced_with(own, inputs)
+        if target.scheme.weights.power_of_two:
+            absorb_(own, trace(own, sample))
         fake = FakeQuantization.of(
             own,
-            _traced_with(own, inputs),
+            sample,
             target.scheme.narrowed(weight_bits),
             maker(weights),
             maker(activations),

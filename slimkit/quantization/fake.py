@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimkit.calls import trace
 from slimkit.errors import QuantizationError
 from slimkit.interfaces import Grid, Quantizer, Scheme
+from slimkit.quantization.folding import refuse_unfolded
 from slimkit.quantization.mode import SiteMode
 from slimkit.quantization.sites import Sites, find_sites
 from slimkit.registry import blame_for
@@ -87,7 +88,10 @@ class FakeQuantization(nn.Module):
         Raises:
             QuantizationError: the backend could compute nothing of this model in integers.
         """
-        sites = find_sites(trace(model, example_inputs), scheme, keep_float)
+        traced = trace(model, example_inputs)
+        if scheme.weights.power_of_two:
+            refuse_unfolded(model, traced)
+        sites = find_sites(traced, scheme, keep_float)
         if not sites.weights and not sites.activations:
             why = [f"{call}: {reason}" for call, reason in list(sites.skipped.items())[:5]]
             wanted = ", ".join(sorted(scheme.operations))

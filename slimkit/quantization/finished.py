@@ -21,12 +21,12 @@ from slimkit.copies import copied
 from slimkit.errors import ExportError, QuantizationError
 from slimkit.interfaces import Deployable, Grid
 from slimkit.quantization.fake import FakeQuantization, QuantizedModel
+from slimkit.quantization.folding import NOT_FOLDED, affine, foldable, spread
 from slimkit.quantization.mode import SiteMode
 from slimkit.quantization.sites import Sites
 from slimkit.silence import silenced
 
 _ops = torch.ops.quantized_decomposed
-_FOLDS_INTO = ("conv1d", "conv2d", "conv3d", "linear")
 _INT32 = 2**31 - 1
 _ROOM = 2**29  # of an integer bias: leaves the rest of int32 to the sums of products
 _TINY = torch.finfo(torch.float32).tiny
@@ -108,7 +108,7 @@ class Finished(nn.Module):
         self.layers: dict[str, _Weights] = {}
         folded = {
             call: norm
-            for call, norm in _foldable(traced).items()
+            for call, norm in foldable(traced).items()
             if call not in self.sites.outputs and norm.name not in self.sites.inputs
         }
         self.skipped = {norm.name for norm in folded.values()}
@@ -138,13 +138,13 @@ class Finished(nn.Module):
         bias = state[bias_path].detach().clone() if bias_path is not None else None
         factor = None
         if norm is not None:
-            factor, shift = _norm_as_affine(norm, state)
+            factor, shift = affine(norm, state)
             bias = (torch.zeros_like(shift) if bias is None else bias) * factor + shift
         at = f"layer{len(self.layers)}"
         names = _Weights(f"{at}_weight", None if bias is None else f"{at}_bias")
         if call.name not in self.sites.weights:
             assert factor is not None
-            self.register_buffer(names.weight, weight * _spread(factor, weight))
+            self.register_buffer(names.weight, weight * spread(factor, weight))
         else:
             assert fake is not None
             quantizer, _ = fake.sites.weights[call.name]
@@ -158,14 +158,20 @@ class Finished(nn.Module):
             scale, zero_point = fake[quantizer].qparams()
             integers = grid.quantize(weight, scale, zero_point)
             if factor is not None:
-                integers = integers * _spread(factor.sign(), weight)
+                integers = integers * spread(factor.sign(), weight)
                 scale = scale * factor.abs()
+                if not torch.equal(scale, grid.steps(scale)):
+                    raise QuantizationError(
+                        f"{call.name}: {NOT_FOLDED}, and this one was changed since the weights "
+                        "were quantized (by a correction, or by training)"
+                    )
             source = fake.sites.source(call, traced)
             step = None  # of the input, where the bias is an integer
             if bias is not None and fake.scheme.bias_bits == 32 and source is not None:
                 step = self.roundings[source].scale
                 if len(scale) == len(bias):
-                    integers, scale = _with_room(integers, scale, bias / (step * _ROOM))
+                    least = grid.steps((bias / (step * _ROOM)).abs())
+                    integers, scale = _with_room(integers, scale, least)
             scale = torch.where(scale > _TINY, scale, torch.ones_like(scale))
             self.register_buffer(names.weight, integers.to(_dtype(grid)))
             names.scale, names.grid = f"{at}_scale", grid
@@ -229,47 +235,10 @@ def _with_room(integers: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, 
     A batch-norm that all but silences a channel leaves it a tiny scale, in which its shift would
     be a huge integer.
     """
-    wanted = torch.maximum(scale, least.abs())
+    wanted = torch.maximum(scale, least)
     same = torch.ones_like(scale)
     ratio = torch.where(scale < wanted, scale / wanted, same)
-    return (integers * _spread(ratio, integers)).round(), wanted
-
-
-def _spread(per_channel: Tensor, weight: Tensor) -> Tensor:
-    return per_channel.view(-1, *[1] * (weight.dim() - 1))
-
-
-def _foldable(traced: Trace) -> dict[str, Call]:
-    """Layer call -> the batch-norm call that reads its output and nobody else does."""
-    readers = traced.readers()
-    found = {}
-    for call in traced.calls:
-        if call.op not in _FOLDS_INTO or call.weight_path is None:
-            continue
-        behind = readers.get(call.outputs[0], [])
-        flat = call.op != "linear" or len(call.shape) == 2
-        if len(behind) == 1 and call.outputs[0] not in traced.outputs and flat:
-            norm = behind[0]
-            has_statistics = 1 in norm.state or "running_mean" in norm.state
-            if norm.op == "batch_norm" and has_statistics:
-                found[call.name] = norm
-    return found
-
-
-def _norm_as_affine(norm: Call, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Batch-norm in evaluation mode as y = factor * x + shift, each (channels,)."""
-
-    def tensor(position: int, name: str) -> Tensor | None:
-        path = norm.state.get(position, norm.state.get(name))
-        return None if path is None else state[path].detach()
-
-    mean, variance = tensor(1, "running_mean"), tensor(2, "running_var")
-    assert mean is not None
-    assert variance is not None
-    gamma, beta = tensor(3, "weight"), tensor(4, "bias")
-    eps = norm.arguments.get(7, norm.arguments.get("eps", 1e-5))
-    factor = (1.0 if gamma is None else gamma) / (variance + eps).sqrt()
-    return factor, (0.0 if beta is None else beta) - mean * factor
+    return (integers * spread(ratio, integers)).round(), wanted
 
 
 class FinishedMode(SiteMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ GRIDS = {
     "4 bits, signed symmetric": Grid(bits=4),
     "a scale per output channel": Grid(per_channel=True, axis=0, channels=3),
     "a scale per channel of dimension 1": Grid(per_channel=True, axis=1, channels=4),
+}
+POWERS = {
+    f"{kind}, scales that are powers of two": replace(grid, power_of_two=True)
+    for kind, grid in GRIDS.items()
 }
 _SCHEME = Scheme(Grid(), Grid(per_channel=True), frozenset({"linear"}))
 
@@ -45,6 +49,12 @@ class GridCase:
 def grids(_: Subject) -> Iterator[GridCase]:
     """Grids of activations and of weights."""
     for kind, grid in GRIDS.items():
+        yield GridCase(kind, grid)
+
+
+def powers_of_two(_: Subject) -> Iterator[GridCase]:
+    """The same for devices that shift."""
+    for kind, grid in POWERS.items():
         yield GridCase(kind, grid)
 
 
@@ -250,6 +260,23 @@ def outlier_input(subject: Subject, case: GridCase) -> str | None:
     top = (case.grid.qmax - zero_point) * scale
     if bool((top > 1.01e6).any()):
         return f"a range up to {top.max().item():.6g}; the largest value seen is 1e6"
+    return None
+
+
+@QUANTIZER.on(powers_of_two)
+def scales_are_powers_of_two(subject: Subject, case: GridCase) -> str | None:
+    """On a grid of power-of-two scales, `qparams` gives such scales, also before it has seen any.
+
+    `Grid.qparams` makes them of a range; a scale from elsewhere goes through `Grid.steps`.
+    """
+    for when, quantizer in (
+        ("before anything was observed", subject.make(case.grid)),
+        ("afterwards", _calibrated(subject, case)),
+    ):
+        scale, _ = quantizer.qparams()
+        mantissa, _ = torch.frexp(scale)
+        if not bool((mantissa == 0.5).all()):
+            return f"scale {scale.flatten().tolist()[:4]} {when}"
     return None
 
 

@@ -312,3 +312,17 @@ def test_weights_of_four_bits_have_fifteen_values() -> None:
     weight = small.fake.weight(name, dict(small.model.named_parameters())[path])
     assert max(len(row.unique()) for row in weight) <= 15
     assert max(len(row.unique()) for row in weight) > 8
+
+
+def test_learned_steps_are_powers_of_two_where_the_grid_asks_for_them():
+    grid = Grid(power_of_two=True)
+    quantizer, x = LSQ(grid), torch.linspace(-3, 3, 61)
+    quantizer.observe(x)
+    with torch.no_grad():
+        quantizer.ratio.fill_(1.3)
+    y = quantizer(x)
+    y.square().sum().backward()
+    scale, zero_point = quantizer.qparams()
+    assert (torch.frexp(scale)[0] == 0.5).all()
+    assert torch.equal(y.detach(), grid.fake_quantize(x, scale, zero_point))
+    assert quantizer.ratio.grad.abs() > 0

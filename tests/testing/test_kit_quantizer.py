@@ -1,5 +1,7 @@
 """Every promise of a quantizer is broken by a plugin that breaks only this one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from breaking import broken_by, subject_of
@@ -92,6 +94,14 @@ class Doubled(MinMax):
         return self.grid.qparams(1.5 * self.lo, 1.5 * self.hi)
 
 
+class Multiplied(MinMax):
+    """Makes its scale by itself, whatever scales the device has."""
+
+    def qparams(self):
+        scale, zero_point = replace(self.grid, power_of_two=False).qparams(self.lo, self.hi)
+        return scale, zero_point
+
+
 class Shared(MinMax):
     """Gives all channels one range."""
 
@@ -139,6 +149,7 @@ MUTANTS = {
     Shifted: "zero_stays_zero",
     Guarded: "constant_input",
     Doubled: "outlier_input",
+    Multiplied: "scales_are_powers_of_two",
     Shared: "each_channel_has_its_own_range",
     Upset: "an_empty_tensor_changes_nothing",
     Upcasting: "half_precision",

@@ -56,6 +56,7 @@ def test_known_packages_are_in_this_repository():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_template_passes_its_own_tests(tmp_path):
     installed(TEMPLATE, tmp_path / "site")
     path = [str(ROOT), str(tmp_path / "site"), str(TEMPLATE / "src")]
@@ -66,7 +67,7 @@ def test_the_template_passes_its_own_tests(tmp_path):
         env={**without_limit(), "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]

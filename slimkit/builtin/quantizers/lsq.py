@@ -79,6 +79,8 @@ class LSQ(Quantizer):
         """Step and zero point (in float), whose gradients arrive times `slowness`."""
         step = _Times.apply(self.ratio, self.first, slowness)
         step = step.abs().clamp(min=torch.finfo(torch.float32).tiny)
+        if self.grid.power_of_two:  # the gradient passes to the step that is rounded up
+            step = self.grid.steps(step) + (step - step.detach())
         if self.grid.symmetric:
             return step, torch.zeros_like(self.first)
         exact = self.grid.qmin - _Times.apply(self.shift, self._width, slowness) / step

@@ -23,3 +23,9 @@ def slimkit_quantizers() -> Iterator[Plugin]:
 def slimkit_losses() -> Iterator[Plugin]:
     """The distillation loss of this package."""
     yield Plugin("feature-l1", "slimkit_example.loss:FeatureL1", "Absolute distance of features")
+
+
+@hookimpl
+def slimkit_backends() -> Iterator[Plugin]:
+    """The backend of this package."""
+    yield Plugin("made-up-npu", "slimkit_example.npu:MadeUpNpu", "A processor that does not exist")

@@ -1,0 +1,63 @@
+"""Who makes and who reads each tensor of an ONNX graph."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+
+class Graph:
+    """An ONNX model's main graph by the names of its tensors.
+
+    Args:
+        model: not changed.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.nodes = list(model.graph.node)
+        self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._producers = {name: node for node in self.nodes for name in node.output}
+        self._readers = defaultdict(list)
+        for node in self.nodes:
+            for name in node.input:
+                self._readers[name].append(node)
+        for node in self.nodes:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self._constants[node.output[0]] = node.attribute[0].t
+
+    def constant(self, tensor: str) -> NDArray[Any] | None:
+        """The values of a tensor that is a constant of the file."""
+        found = self._constants.get(tensor)
+        return None if found is None else numpy_helper.to_array(found)
+
+    def producer(self, tensor: str) -> Any:
+        """The node that makes a tensor, or None where it is an input or a constant."""
+        return self._producers.get(tensor)
+
+    def readers(self, tensor: str) -> list[Any]:
+        """The nodes that read a tensor."""
+        return self._readers[tensor]
+
+    def attribute(self, node: Any, name: str, default: int) -> int:
+        """An attribute that is a whole number."""
+        return next((a.i for a in node.attribute if a.name == name), default)
+
+    def name(self, node: Any) -> str:
+        """What to call a node in a message."""
+        return f"{node.op_type} {node.name or node.output[0]}"
+
+
+def float_layers_between_roundings(file: bytes) -> bool:
+    """Whether a layer with float weights reads what a DequantizeLinear made."""
+    graph = Graph(onnx.load_from_string(file))
+    for node in graph.nodes:
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            source, weight = graph.producer(node.input[0]), graph.constant(node.input[1])
+            reads = source is not None and source.op_type == "DequantizeLinear"
+            if reads and weight is not None and weight.dtype.kind == "f":
+                return True
+    return False
