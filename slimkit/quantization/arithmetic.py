@@ -122,10 +122,24 @@ class Fused:
         return y if bias is None else y + bias.float()
 
 
+class Reciprocal(Requantize):
+    """XNNPACK: sums as ONNX Runtime's, and roundings that multiply."""
+
+    def integers(self, x: Tensor, scale: Tensor, zero_point: int, at_input: bool) -> Tensor:
+        """`x` times the reciprocal of its scale, half to even.
+
+        What a layer made comes in float64 and is the value that the layer rounds, times its scale.
+        """
+        if x.dtype == torch.float64:
+            return super().integers(x, scale, zero_point, at_input)
+        return (x * (1 / scale)).round() + zero_point
+
+
 ARITHMETICS: Mapping[str, Arithmetic] = {
     "requantize": Requantize(),
     "dequantize": Dequantize(),
     "fused": Fused(),
+    "reciprocal": Reciprocal(),
 }
 
 

@@ -106,6 +106,14 @@ def is_input(quantizer: str) -> bool:
     return quantizer.startswith(_INPUT) and ":" not in quantizer  # calls have a colon
 
 
+def prescribed(quantizer: str, scheme: Scheme) -> tuple[float, int] | None:
+    """Scale and zero point of an activation quantizer that has no choice."""
+    *_, op, _, place = ("", "", *quantizer.split(":"))  # such as act:sigmoid:0:out
+    op = STEPS.get(op, op) if place == "inner" else op
+    grids = {name: (scale, zero_point) for name, scale, zero_point in scheme.prescribed}
+    return grids.get(op) if place in ("out", "inner") else None
+
+
 def tail_of(trace: Trace) -> set[str]:
     """The calls of `TAIL` from which only such calls lead on, to the model's outputs."""
     readers = trace.readers()
@@ -201,11 +209,12 @@ def _on_tensors(
                 merged.add(end.name)
         made = set(end.outputs)
         leaves = made & trace.outputs
+        stays_float = scheme.float_outputs or (leaves and not scheme.rounds_outputs)
         if _keeps(end, scheme) and end.inputs and end.inputs[0] in rounded:
             if made & wanted:
                 outputs[end.name] = rounded[end.inputs[0]]
                 rounded.update(dict.fromkeys(made, rounded[end.inputs[0]]))
-        elif made & wanted or (call.name in integer and not leaves and not scheme.float_outputs):
+        elif made & wanted or (call.name in integer and not stays_float):
             outputs[end.name] = f"{end.name}:out"
             rounded.update(dict.fromkeys(made, outputs[end.name]))
     inner = {name: f"{name}:inner" for name, call in integer.items() if call.op in scheme.steps}
