@@ -18,6 +18,7 @@ from slimkit.silence import silenced
 from slimkit_litert.quiet import quiet
 
 _ops = torch.ops.quantized_decomposed
+_CONVERTER = "--no-deps --requirement plugins/slimkit-litert/converter.txt"  # of the repository
 
 
 def convert(deployable: Deployable, *, integer_io: bool = False) -> bytes:
@@ -67,7 +68,7 @@ def floats(data: bytes) -> list[str]:
 def _converted(deployable: Deployable) -> bytes:
     """What litert-torch makes of the program."""
     with silenced(), quiet():
-        litert_torch = required("litert_torch", "litert", "litert-torch")
+        litert_torch = required("litert_torch", "litert", _CONVERTER)
         litert_torch._config.config.show_progress = False
     module = _with_rounded_weights(deployable)
     try:

@@ -287,7 +287,7 @@ class Graph:
         self.model.operatorCodes = codes
 
 
-class _Aligned(schema.BufferT):  # type: ignore[misc]
+class _Aligned(schema.BufferT):
     """A constant whose bytes begin at a multiple of 16."""
 
     def Pack(self, builder: Any) -> Any:  # noqa: N802  (the schema's own name)

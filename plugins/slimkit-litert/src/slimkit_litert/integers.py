@@ -175,7 +175,7 @@ class _Integration:
         elif kind == "CONCATENATION":
             fits = self._takes_parts(operator, target)
         elif kind == "AVERAGE_POOL_2D":
-            fits = self._takes_windows(operator, target)
+            fits = self._takes_windows(operator)
         elif kind in _PAIRS or kind in _SINGLE:
             fits = self._takes_integers(kind, operator, target)
         else:
@@ -241,7 +241,7 @@ class _Integration:
         operator.inputs = [fitting.get(self.low[part], self.low[part]) for part in parts]
         return True
 
-    def _takes_windows(self, operator: Any, target: int) -> bool:
+    def _takes_windows(self, operator: Any) -> bool:
         """Means of windows.
 
         The runtime's own operator keeps the grid of its input and rounds halves up. A depthwise
