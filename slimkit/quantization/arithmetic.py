@@ -6,6 +6,7 @@ rounds it, which decides on which side of the edge between two integers a value 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -134,6 +135,31 @@ class Reciprocal(Requantize):
             return super().integers(x, scale, zero_point, at_input)
         return (x * (1 / scale)).round() + zero_point
 
+
+def fixed_point_sum(
+    a: Tensor, b: Tensor, steps: tuple[float, float], output: float, sign: int = 1
+) -> Tensor:
+    """XNNPACK's sum of two tensors of 8 bits, in steps of the output: factors of 21 bits.
+
+    Args:
+        a: integers, counted from their zero point.
+        b: the same; may be of another shape that spreads over `a`.
+        steps: what one step of `a` and one of `b` stand for.
+        output: what one step of the sum stands for.
+        sign: -1 for the difference.
+
+    Returns:
+        Integers as float64, counted from the zero point and not yet clamped.
+    """
+    ratios = [float(float32(step) / float32(output)) for step in steps]
+    shift = 21 - math.frexp(max(ratios))[1]  # the larger factor has 21 bits
+    factors = [round(math.ldexp(ratio, shift)) for ratio in ratios]
+    sums = a.long() * factors[0] + sign * b.long() * factors[1]
+    return ((sums + (1 << (shift - 1))) >> shift).double()
+
+
+FIXED_POINT_SUMS = frozenset({"reciprocal"})
+"""Arithmetics in which sums of two tensors are those of `fixed_point_sum`."""
 
 ARITHMETICS: Mapping[str, Arithmetic] = {
     "requantize": Requantize(),

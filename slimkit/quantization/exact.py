@@ -4,7 +4,8 @@ A simulation in float differs from the device where a value lies on the edge bet
 float sums carry rounding errors, sums of integers carry none. One such step in a hundred thousand
 values of an early layer is a few per cent of all values at the end of a deep, narrow network. Here
 convolutions and linear layers sum integers and scale them as the backend's `Scheme.arithmetic`
-says; everything else computes in float as in the simulation.
+says, which may hold for sums of branches as well; everything else computes in float as in the
+simulation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from torch import Tensor, nn
 
 from slimkit.calls import Call, Trace
 from slimkit.copies import copied
-from slimkit.quantization.arithmetic import ARITHMETICS, float32
+from slimkit.quantization.arithmetic import (
+    ARITHMETICS,
+    FIXED_POINT_SUMS,
+    fixed_point_sum,
+    float32,
+)
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import Finished, FinishedMode
 from slimkit.quantization.sites import is_input
@@ -54,6 +60,24 @@ class _Layer:
     wide: bool
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """What the sum of two rounded tensors needs.
+
+    Args:
+        steps: scales of the two.
+        output: scale of what the sum is rounded to.
+        sign: -1 for a difference.
+    """
+
+    steps: tuple[float, float]
+    output: float
+    sign: int
+
+
+_SIGNS = {"add": 1, "iadd": 1, "radd": 1, "sub": -1, "isub": -1}
+
+
 class _Exact(nn.Module):
     """Runs a finished model's integer layers on integers."""
 
@@ -78,6 +102,20 @@ class _Exact(nn.Module):
                 self._output_scale(calls[name], traced),
                 bool(largest >= _EXACT),
             )
+
+        self.sums: dict[str, _Sum] = {}
+        if self.scheme.arithmetic in FIXED_POINT_SUMS:
+            for call in traced.calls:
+                if call.op in _SIGNS and len(call.inputs) == 2 and "alpha" not in call.arguments:
+                    self._add_sum(call, traced)
+
+    def _add_sum(self, call: Call, traced: Trace) -> None:
+        sources = [self.finished.sites.source(call, traced, n) for n in (0, 1)]
+        output = self._output_scale(call, traced)
+        if output is not None and sources[0] is not None and sources[1] is not None:
+            roundings = self.finished.roundings
+            steps = roundings[sources[0]].scale, roundings[sources[1]].scale
+            self.sums[call.name] = _Sum(steps, output, _SIGNS[call.op])
 
     def _output_scale(self, call: Call, traced: Trace) -> float | None:
         """The scale of the rounding behind `call` and what the backend merges into it."""
@@ -108,6 +146,8 @@ class _ExactMode(FinishedMode):
         self.owner = owner
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if name in self.owner.sums:
+            return self._sum(name, self.owner.sums[name], args, kwargs)
         layer = self.owner.layers.get(name)
         if layer is None:
             return super().on_call(name, op, func, args, kwargs)
@@ -138,6 +178,16 @@ class _ExactMode(FinishedMode):
             None if constants.bias is None else spread(constants.bias),
             None if layer.output is None else float32(layer.output),
         )
+        quantizer = self.output(name)
+        return y if quantizer is None else self.round(quantizer, y)
+
+    def _sum(self, name: str, given: _Sum, args: Any, kwargs: Any) -> Tensor:
+        """The sum of two rounded tensors, in float64 where a rounding follows."""
+        reads = self.sites.inputs.get(name, {})
+        args, kwargs = self._rounded(reads, (args, kwargs)) if reads else (args, kwargs)
+        both = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        a, b = ((x.double() / step).round() for x, step in zip(both, given.steps, strict=True))
+        y = fixed_point_sum(a, b, given.steps, given.output, given.sign) * given.output
         quantizer = self.output(name)
         return y if quantizer is None else self.round(quantizer, y)
 

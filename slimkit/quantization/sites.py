@@ -57,12 +57,12 @@ class Sites:
         read = [quantizer for reads in self.inputs.values() for quantizer in reads.values()]
         return list(dict.fromkeys([*read, *self.inner.values(), *self.outputs.values()]))
 
-    def source(self, call: Call, trace: Trace) -> str | None:
-        """The quantizer that rounds the first tensor that `call` reads."""
-        if 0 in self.inputs.get(call.name, {}):
-            return self.inputs[call.name][0]
+    def source(self, call: Call, trace: Trace, position: int = 0) -> str | None:
+        """The quantizer that rounds the first tensor that `call` reads, or another of them."""
+        if position in self.inputs.get(call.name, {}):
+            return self.inputs[call.name][position]
         for made in trace.calls:
-            if call.inputs and call.inputs[0] in made.outputs:
+            if position < len(call.inputs) and call.inputs[position] in made.outputs:
                 return self.outputs.get(made.name)
         return None
 

@@ -1,6 +1,6 @@
 """A program: one architecture in float and int8 through LiteRT, as a line of JSON.
 
-    python litert_zoo.py LIBRARY NAME [SIDE]
+python litert_zoo.py LIBRARY NAME [SIDE]
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slimkit_litert.backend import LiteRt
 from torch import Tensor, nn
 
 import slimkit
@@ -41,7 +40,7 @@ def built(library: str, name: str) -> nn.Module:
 
 @torch.no_grad()
 def settled(model: nn.Module, x: Tensor) -> nn.Module:
-    """In evaluation mode, with the statistics of `x`: random ones let numbers die out or explode."""
+    """In evaluation mode, with the statistics of `x`; others let numbers die out or explode."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # the plain mean
@@ -55,6 +54,8 @@ def settled(model: nn.Module, x: Tensor) -> nn.Module:
 
 def row(model: nn.Module, x: Tensor) -> dict[str, Any]:
     """What `check` says; where it says nothing, the agreement with the model and the operators."""
+    from slimkit_litert.backend import LiteRt  # pytest looks for doctests in this file as well
+
     engine, start = LiteRt(), time.perf_counter()
     deployable = finish(model, (x[:1],))
     problems = engine.check(deployable)
@@ -82,7 +83,7 @@ def main(library: str, name: str, side: int = 96) -> None:
     x = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(1))
     with quiet():
         model = settled(built(library, name), x)
-        small = slimkit.quantize(model, [x], backend=LiteRt(), activations="minmax").eval()
+        small = slimkit.quantize(model, [x], backend="litert", activations="minmax").eval()
         print(json.dumps({"float": row(model, x), "int8": row(small, x)}))
 
 

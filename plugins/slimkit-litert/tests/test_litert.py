@@ -219,9 +219,8 @@ def test_integer_io_takes_and_gives_the_integers_themselves(tmp_path: Path) -> N
         assert port["quantization"] == (pytest.approx(size, rel=1e-6), zero)
     expected, found = made.compared(engine)
     assert sqnr(expected, found) >= 35
-    assert not {"QUANTIZE", "DEQUANTIZE"} & {
-        k for k, n in engine.operators(tmp_path).items() if n > 1
-    }
+    inner = {"QUANTIZE": 3, "DEQUANTIZE": 3}  # around hard-swish, and two parts of a concatenation
+    assert {k: n for k, n in engine.operators(tmp_path).items() if k in inner} == inner
 
 
 def test_outputs_of_one_run_are_not_overwritten_by_the_next(int8: dict[str, Case]) -> None:
