@@ -277,7 +277,7 @@ class Graph:
         self.model.metadata = self.model.metadataBuffer = None
 
     def _keep_codes(self) -> None:
-        codes, new = [], dict[int, int]()
+        codes, new = list[Any](), dict[int, int]()
         for subgraph in self.model.subgraphs:
             for operator in subgraph.operators or []:
                 if operator.opcodeIndex not in new:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 
-from slimkit_litert.graph import Graph, Step, schema
+from slimkit_litert.graph import Graph, Step
 from slimkit_litert.roundings import MOVES, is_plain
 
 _WEIGHTED = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0}
@@ -144,7 +145,8 @@ class _Integration:
             order = self.graph.constant(inputs[1])
             moved = [part.transpose(order) for part in (weight.integers, weight.sizes)]
         elif kind == "REVERSE_V2":
-            axes = self.graph.constant(inputs[1])
+            given = self.graph.constant(inputs[1])
+            axes = () if given is None else tuple(given.reshape(-1).tolist())
             moved = [np.flip(part, axes) for part in (weight.integers, weight.sizes)]
         else:
             return False

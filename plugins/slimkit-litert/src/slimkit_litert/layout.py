@@ -47,7 +47,7 @@ def _merged(graph: Graph, operator: Any) -> bool:
         return True
     before = graph.makers().get(operator.inputs[0])
     first = _order(graph, before)
-    if first is None:
+    if before is None or first is None:
         return False
     both = [first[n] for n in order]
     operator.inputs = [before.inputs[0], _numbers(graph, both)]
@@ -60,7 +60,7 @@ def _averaged(graph: Graph, operator: Any) -> bool:
         return False
     before = graph.makers().get(operator.inputs[0])
     order, axes = _order(graph, before), graph.constant(operator.inputs[1])
-    if order is None or axes is None:
+    if before is None or order is None or axes is None:
         return False
     gone = {order[axis] for axis in axes.reshape(-1).tolist()}
     left = [axis for axis in order if axis not in gone]
@@ -77,7 +77,7 @@ def _sunk(graph: Graph, operator: Any) -> bool:
         return False
     reads = 2 if kind in ("ADD", "SUB", "MUL") else 1
     makers, readers = graph.makers(), graph.readers()
-    before = [makers.get(t) for t in operator.inputs[:reads]]
+    before: list[Any] = [makers.get(t) for t in operator.inputs[:reads]]
     orders = {_order(graph, maker) for maker in before}
     order = next(iter(orders))
     once = all(len(set(map(id, readers[t]))) == 1 for t in operator.inputs[:reads])

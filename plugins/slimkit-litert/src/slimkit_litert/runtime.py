@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def times(data: bytes) -> dict[str, float]:
     """
     from slimkit_litert.graph import Graph
 
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for number, name in enumerate(operators(data)):
         alone = opened(Graph(data).alone(number), name)
         spent = []
