@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slimkit.errors import ExportError
+from slimkit.errors import ExportError, UnavailableError
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 from slimkit.trial import Trial
 from slimkit_litert import runtime
@@ -63,6 +63,8 @@ class LiteRt(Backend):
         """What litert-torch or LiteRT says against this program (it is compiled on trial)."""
         try:
             self._trial.keep(deployable, self._compiled(deployable))
+        except UnavailableError:
+            raise
         except ExportError as error:
             return [str(error)]
         return []
