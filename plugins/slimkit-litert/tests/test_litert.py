@@ -168,6 +168,13 @@ def test_transposes_stand_at_borders_only(int8: dict[str, Case], dense: dict[str
         assert transposes(cases["padded"]) == 2  # of the image and of the output
 
 
+def test_paddings_belong_to_their_layers(int8: dict[str, Case], dense: dict[str, Case]) -> None:
+    """Those on one side only do with this stride, those on both sides of a depthwise layer not."""
+    for cases, behind in ((int8, " int8"), (dense, "")):
+        assert f"PAD{behind}" not in LiteRt().operators(cases["padded"].directory)
+        assert LiteRt().operators(cases["mixed"].directory)[f"PAD{behind}"] == 1
+
+
 def test_weights_are_int8_per_channel_and_biases_int32(int8: dict[str, Case]) -> None:
     interpreter = Interpreter(model_path=str(int8["layers"].file))
     weights = [t for t in interpreter.get_tensor_details() if len(t["shape"]) == 4]
