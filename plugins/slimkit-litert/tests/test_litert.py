@@ -144,6 +144,12 @@ def test_kernels_without_xnnpack_agree(int8: dict[str, Case], name: str) -> None
     assert sqnr(made.compared()[1], torch.cat(found)) >= 30
 
 
+def test_maxima_are_taken_of_integers(int8: dict[str, Case]) -> None:
+    found = LiteRt().operators(int8["padded"].directory)
+    assert (found["PADV2 int8"], found["MAX_POOL_2D int8"]) == (1, 1)
+    assert (found["QUANTIZE"], found["DEQUANTIZE"]) == (1, 1)
+
+
 @pytest.mark.parametrize("name", ["convolutional", "residual"])
 def test_only_borders_compute_in_float(name: str, tmp_path: Path) -> None:
     net, inputs = networks.made(name, 4)

@@ -16,7 +16,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from slimkit_litert.graph import Graph, Step
-from slimkit_litert.roundings import MOVES, is_plain
+from slimkit_litert.roundings import LOW, MOVES, integers, is_plain
 
 _WEIGHTED = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0}
 """Layers that read (input, weight, bias): name to the weight's dimension of output channels."""
@@ -154,6 +154,8 @@ class _Integration:
         return True
 
     def _is_moved(self, kind: str, operator: Any) -> bool:
+        if kind == "PADV2":
+            return self._is_surrounded(operator)
         if kind not in MOVES or not is_plain(operator):
             return False
         x = operator.inputs[MOVES[kind]]
@@ -164,6 +166,31 @@ class _Integration:
                 self.low[y] = operator.outputs[n] = self.graph.like(y, step)
         elif not self.graph.is_integer(x):
             return False
+        self.made.append(operator)
+        return True
+
+    def _is_surrounded(self, operator: Any) -> bool:
+        """Pad with a number that is on the grid, or need not be for what reads it."""
+        (x, amounts, value), y = operator.inputs, operator.outputs[0]
+        fill = self.graph.constant(value)
+        step = self.graph.step(self.low[x]) if x in self.low else None
+        if fill is None or step is None:
+            return False
+        filled = integers(fill, step)
+        number = (filled.astype(np.float64) - step.zero) * step.size
+        least = bool((fill <= (LOW - step.zero) * step.size).all())
+        clipped = y not in self.leaving and all(
+            (self.graph.kind(o) == "QUANTIZE" and self.graph.step(o.outputs[0]) == step)
+            or (least and self.graph.kind(o) == "MAX_POOL_2D")
+            for o in self.readers.get(y, [])
+        )
+        if not (clipped or np.array_equal(number, fill)):
+            return False
+        constant = self.graph.add(
+            self.graph.shape(value), np.int8, [step.size], [step.zero], values=filled
+        )
+        self.low[y] = self.graph.like(y, step)
+        operator.inputs, operator.outputs = [self.low[x], amounts, constant], [self.low[y]]
         self.made.append(operator)
         return True
 
