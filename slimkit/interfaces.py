@@ -222,8 +222,8 @@ class Scheme:
             zero. ``fused``: the sum times one float32 scale, and then plus the bias, each rounded
             to float32; what layers make is rounded by one multiply-add with the reciprocal of its
             scale, half to even. ``reciprocal``: as ``requantize``, but what is rounded elsewhere
-            is multiplied by the reciprocal of its scale, and sums of two tensors are in fixed
-            point, as XNNPACK computes them. ``unknown``: not to the last bit.
+            is multiplied by the reciprocal of its scale, and sums and products of two tensors
+            are of integers, as XNNPACK computes them. ``unknown``: not to the last bit.
         bias_bits: 32 where the bias is an integer too, of scale input * weight; None where float.
     """
 

@@ -158,8 +158,17 @@ def fixed_point_sum(
     return ((sums + (1 << (shift - 1))) >> shift).double()
 
 
-FIXED_POINT_SUMS = frozenset({"reciprocal"})
-"""Arithmetics in which sums of two tensors are those of `fixed_point_sum`."""
+def scaled_product(a: Tensor, b: Tensor, steps: tuple[float, float], output: float) -> Tensor:
+    """XNNPACK's product of two tensors of 8 bits: one float32 factor, half to even.
+
+    Arguments and result are those of `fixed_point_sum`.
+    """
+    factor = float32(steps[0]) * float32(steps[1]) / float32(output)
+    return ((a.long() * b.long()).float() * factor).round().double()
+
+
+INTEGER_PAIRS = frozenset({"reciprocal"})
+"""Arithmetics in which two tensors meet as `fixed_point_sum` and `scaled_product` say."""
 
 ARITHMETICS: Mapping[str, Arithmetic] = {
     "requantize": Requantize(),

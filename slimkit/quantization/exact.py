@@ -4,8 +4,8 @@ A simulation in float differs from the device where a value lies on the edge bet
 float sums carry rounding errors, sums of integers carry none. One such step in a hundred thousand
 values of an early layer is a few per cent of all values at the end of a deep, narrow network. Here
 convolutions and linear layers sum integers and scale them as the backend's `Scheme.arithmetic`
-says, which may hold for sums of branches as well; everything else computes in float as in the
-simulation.
+says, which may hold for sums and products of branches as well; everything else computes in float
+as in the simulation.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from slimkit.calls import Call, Trace
 from slimkit.copies import copied
 from slimkit.quantization.arithmetic import (
     ARITHMETICS,
-    FIXED_POINT_SUMS,
+    INTEGER_PAIRS,
     fixed_point_sum,
     float32,
+    scaled_product,
 )
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import Finished, FinishedMode
+from slimkit.quantization.mode import INNER
 from slimkit.quantization.sites import is_input
 
 _EXACT = 2**24  # integers that float32 holds, so that their sums are exact in any order
@@ -61,21 +63,31 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Sum:
-    """What the sum of two rounded tensors needs.
+class _Pair:
+    """What the sum or the product of two rounded tensors needs.
 
     Args:
+        op: the operation.
         steps: scales of the two.
-        output: scale of what the sum is rounded to.
-        sign: -1 for a difference.
+        output: scale of what the result is rounded to.
     """
 
+    op: str
     steps: tuple[float, float]
     output: float
-    sign: int
+
+    def __call__(self, *both: Tensor) -> Tensor:
+        """The result in float64, on its grid."""
+        a, b = ((x.double() / s).round() for x, s in zip(both, self.steps, strict=True))
+        if self.op in _SIGNS:
+            made = fixed_point_sum(a, b, self.steps, self.output, _SIGNS[self.op])
+        else:
+            made = scaled_product(a, b, self.steps, self.output)
+        return made * self.output
 
 
 _SIGNS = {"add": 1, "iadd": 1, "radd": 1, "sub": -1, "isub": -1}
+_PRODUCTS = frozenset({"mul", "imul", "rmul"})
 
 
 class _Exact(nn.Module):
@@ -103,19 +115,23 @@ class _Exact(nn.Module):
                 bool(largest >= _EXACT),
             )
 
-        self.sums: dict[str, _Sum] = {}
-        if self.scheme.arithmetic in FIXED_POINT_SUMS:
+        self.pairs: dict[str, _Pair] = {}
+        if self.scheme.arithmetic in INTEGER_PAIRS:
             for call in traced.calls:
-                if call.op in _SIGNS and len(call.inputs) == 2 and "alpha" not in call.arguments:
-                    self._add_sum(call, traced)
+                self._add_pair(call, traced)
 
-    def _add_sum(self, call: Call, traced: Trace) -> None:
-        sources = [self.finished.sites.source(call, traced, n) for n in (0, 1)]
+    def _add_pair(self, call: Call, traced: Trace) -> None:
+        """Note a sum, a product or an operation in steps whose parts and result are rounded."""
+        sites, roundings = self.finished.sites, self.finished.roundings
+        sources = [sites.source(call, traced)]
+        if call.name in sites.inner:
+            sources.append(sites.inner[call.name])
+        elif {call.op} & {*_SIGNS, *_PRODUCTS} and len(call.inputs) == 2:
+            sources.append(sites.source(call, traced, 1))
         output = self._output_scale(call, traced)
-        if output is not None and sources[0] is not None and sources[1] is not None:
-            roundings = self.finished.roundings
-            steps = roundings[sources[0]].scale, roundings[sources[1]].scale
-            self.sums[call.name] = _Sum(steps, output, _SIGNS[call.op])
+        scales = [roundings[name].scale for name in sources if name is not None]
+        if output is not None and len(scales) == 2 and "alpha" not in call.arguments:
+            self.pairs[call.name] = _Pair(call.op, (scales[0], scales[1]), output)
 
     def _output_scale(self, call: Call, traced: Trace) -> float | None:
         """The scale of the rounding behind `call` and what the backend merges into it."""
@@ -146,8 +162,8 @@ class _ExactMode(FinishedMode):
         self.owner = owner
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if name in self.owner.sums:
-            return self._sum(name, self.owner.sums[name], args, kwargs)
+        if name in self.owner.pairs:
+            return self._pair(name, op, args, kwargs)
         layer = self.owner.layers.get(name)
         if layer is None:
             return super().on_call(name, op, func, args, kwargs)
@@ -181,13 +197,14 @@ class _ExactMode(FinishedMode):
         quantizer = self.output(name)
         return y if quantizer is None else self.round(quantizer, y)
 
-    def _sum(self, name: str, given: _Sum, args: Any, kwargs: Any) -> Tensor:
-        """The sum of two rounded tensors, in float64 where a rounding follows."""
+    def _pair(self, name: str, op: str, args: Any, kwargs: Any) -> Tensor:
+        """What two rounded tensors make, in float64 where a rounding follows."""
         reads = self.sites.inputs.get(name, {})
         args, kwargs = self._rounded(reads, (args, kwargs)) if reads else (args, kwargs)
         both = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        a, b = ((x.double() / step).round() for x, step in zip(both, given.steps, strict=True))
-        y = fixed_point_sum(a, b, given.steps, given.output, given.sign) * given.output
+        if name in self.sites.inner:
+            both = [both[0], self.round(self.sites.inner[name], INNER[op](both[0]))]
+        y = self.owner.pairs[name](*both)
         quantizer = self.output(name)
         return y if quantizer is None else self.round(quantizer, y)
 

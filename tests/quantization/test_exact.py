@@ -12,7 +12,12 @@ from torch.nn import functional
 
 import slimkit
 from slimkit.builtin.backends.onnxruntime import OnnxRuntime
-from slimkit.quantization.arithmetic import ARITHMETICS, fixed_point_sum, float32
+from slimkit.quantization.arithmetic import (
+    ARITHMETICS,
+    fixed_point_sum,
+    float32,
+    scaled_product,
+)
 from slimkit.quantization.exact import exact
 
 
@@ -146,6 +151,14 @@ def test_xnnpack_adds_in_fixed_point() -> None:
     third = fixed_point_sum(torch.tensor([1]), torch.tensor([1]), (1 / 3, 1 / 3), 1e-6).item()
     factor = round(float(np.float32(1 / 3) / np.float32(1e-6)) * 2**2)
     assert third == (2 * factor + 2) >> 2
+
+
+def test_xnnpack_multiplies_integers_by_one_factor() -> None:
+    a, b = np.arange(-128, 128), np.arange(255, -1, -1)
+    factor = np.float32(np.float32(0.013) * np.float32(0.0071)) / np.float32(0.021)
+    wanted = np.rint((a * b).astype(np.float32) * factor)
+    found = scaled_product(torch.from_numpy(a), torch.from_numpy(b), (0.013, 0.0071), 0.021)
+    assert np.array_equal(found.numpy(), wanted)
 
 
 def test_unknown_arithmetic_leaves_the_simulation_as_it_is(net) -> None:
