@@ -24,14 +24,24 @@ $(TEST)/.ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(TEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(TEST)/zoo $(ZOO)
 	@touch $@
 
+# LiteRT's converter asks for versions that slimkit's own dependencies do not allow: an environment
+# of its own, and what the converter imports by name.
+LITERT := .venv-litert
+$(LITERT)/.ready: pyproject.toml constraints.txt plugins/slimkit-litert/pyproject.toml plugins/slimkit-litert/converter.txt
+	$(PYTHON) -m venv $(LITERT)
+	$(LITERT)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --editable plugins/slimkit-litert pytest pytest-timeout
+	$(LITERT)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement plugins/slimkit-litert/converter.txt
+	@touch $@
+
 demo: $(DEMO)/.ready  ## prune, distil, quantize, export and prove, on real data, in 3 minutes
 	$(DEMO)/bin/slimkit run demo --output runs/demo
 
 test: lint  ## all checks of CI
 	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-slow: $(TEST)/.ready  ## tests that take minutes
+test-slow: $(TEST)/.ready $(LITERT)/.ready  ## tests that take minutes
 	$(TEST)/bin/python -m pytest -m slow
+	$(LITERT)/bin/python -m pytest plugins/slimkit-litert/tests
 
 test-alone: $(TEST)/.ready  ## the core without any plugin, and each plugin without the others
 	SLIMKIT_PLUGINS= OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 tests/testing/test_conformance.py tests/test_registry.py tests/test_cli.py
@@ -68,4 +78,4 @@ bench: $(TEST)/.ready  ## all of benchmarks/, hours; SLIMKIT_DATA names the data
 	$(TEST)/bin/slimkit run benchmarks/cifar10/recipe.yaml --output runs/cifar10
 
 clean:  ## remove environments and caches, keep runs/
-	rm -rf $(DEMO) $(TEST) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(DEMO) $(TEST) $(LITERT) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -208,6 +208,11 @@ class Scheme:
             them, as `slimkit.quantization.sites.STEPS` says (silu); only with ``tensors``.
         float_outputs: whether an integer operation may give float to readers that compute in
             float; else what it makes is always rounded. Only with ``tensors``.
+        rounds_outputs: whether what an integer operation makes is rounded also where it leaves the
+            model; else that is float. Only with ``tensors``, and without `float_outputs`.
+        prescribed: operations whose output has one grid whatever the data, as the runtime
+            computes them with a table: (operation, scale, zero point). Those of `steps` take the
+            grid of the operation inside them. Only with ``tensors``.
         depthwise: whether convolutions of one input channel a group compute on integers as well.
         arithmetic: how a convolution or linear layer turns its sums of integers into its output,
             so that slimkit can follow it to the last bit (`slimkit.quantization.exact`).
@@ -217,7 +222,9 @@ class Scheme:
             float32; what is rounded is multiplied by the reciprocal of its scale, half away from
             zero. ``fused``: the sum times one float32 scale, and then plus the bias, each rounded
             to float32; what layers make is rounded by one multiply-add with the reciprocal of its
-            scale, half to even. ``unknown``: not to the last bit.
+            scale, half to even. ``reciprocal``: as ``requantize``, but what is rounded elsewhere
+            is multiplied by the reciprocal of its scale, and sums and products of two tensors
+            are of integers, as XNNPACK computes them. ``unknown``: not to the last bit.
         bias_bits: 32 where the bias is an integer too, of scale input * weight; None where float.
     """
 
@@ -231,7 +238,9 @@ class Scheme:
     float_outputs: bool = False
     bias_bits: int | None = None
     depthwise: bool = True
-    arithmetic: Literal["unknown", "requantize", "dequantize", "fused"] = "unknown"
+    arithmetic: Literal["unknown", "requantize", "dequantize", "fused", "reciprocal"] = "unknown"
+    rounds_outputs: bool = False
+    prescribed: tuple[tuple[str, float, int], ...] = ()
 
     def narrowed(self, weight_bits: int | None) -> Scheme:
         """The same with weights of fewer bits, which the backend stores and computes as its own.

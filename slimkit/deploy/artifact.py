@@ -270,7 +270,8 @@ def _scheme_out(scheme: Scheme) -> dict[str, Any]:
 def _scheme_in(saved: Mapping[str, Any]) -> Scheme:
     sets = {k: frozenset(saved.get(k, ())) for k in ("operations", "keeps", "fuses", "steps")}
     grids = {k: Grid(**saved[k]) for k in ("activations", "weights")}
-    return Scheme(**{**saved, **sets, **grids})
+    prescribed = tuple((op, scale, zero) for op, scale, zero in saved.get("prescribed", ()))
+    return Scheme(**{**saved, **sets, **grids, "prescribed": prescribed})
 
 
 def _sites_out(sites: Sites) -> dict[str, Any]:

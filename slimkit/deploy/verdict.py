@@ -11,28 +11,33 @@ LITTLE = 0.8
 
 _REMEDIES = (
     (
-        ("Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Gelu", "Erf", "Tanh", "Exp"),
+        ("Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish", "Gelu", "Erf", "Tanh", "Exp")
+        + ("LOGISTIC", "HARD_SWISH", "GELU", "TANH", "ELU", "LEAKY_RELU"),
         "an activation computed in float needs a conversion on either side; ReLU, ReLU6 or a clamp "
         "merge into the integer layer in front of them",
     ),
     (
         ("Conv", "FusedConv", "Convolution", "ConvolutionDepthWise", "DeconvolutionDepthWise")
-        + ("ConvTranspose", "Deconvolution", "Gemm", "FusedGemm", "InnerProduct", "MatMul"),
+        + ("ConvTranspose", "Deconvolution", "Gemm", "FusedGemm", "InnerProduct", "MatMul")
+        + ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL"),
         "layers that were left in float cost most where they stand alone between integer ones: "
         "look at quantize.keep_float and at what the quantization skipped",
     ),
     (
-        ("Softmax", "LayerNormalization", "LayerNorm", "InstanceNormalization", "GroupNorm"),
+        ("Softmax", "LayerNormalization", "LayerNorm", "InstanceNormalization", "GroupNorm")
+        + ("SOFTMAX", "RSQRT", "SQUARED_DIFFERENCE"),
         "normalizations over the data stay in float; int8 pays with wider layers between them",
     ),
     (
         ("Concat", "Add", "Sub", "Mul", "Div", "BinaryOp", "Resize", "Interp", "Slice", "Split")
-        + ("Pad", "Transpose", "Reshape", "AveragePool", "ReduceMean", "Pooling", "Reduction"),
+        + ("Pad", "Transpose", "Reshape", "AveragePool", "ReduceMean", "Pooling", "Reduction")
+        + ("CONCATENATION", "ADD", "SUB", "MUL", "MEAN", "AVERAGE_POOL_2D", "RESIZE_BILINEAR"),
         "elementwise and moving operations in float sit between integer layers: quantize what lies "
         "around them as well, or keep that whole block in float with quantize.keep_float",
     ),
     (
-        ("QuantizeLinear", "DequantizeLinear", "Quantize", "Dequantize", "Requantize"),
+        ("QuantizeLinear", "DequantizeLinear", "Quantize", "Dequantize", "Requantize")
+        + ("QUANTIZE", "DEQUANTIZE"),
         "conversions between float and integers are paid wherever a float operator stands between "
         "integer ones; fewer such places, or whole blocks in float, save them",
     ),

@@ -6,6 +6,7 @@ rounds it, which decides on which side of the edge between two integers a value 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -122,10 +123,58 @@ class Fused:
         return y if bias is None else y + bias.float()
 
 
+class Reciprocal(Requantize):
+    """XNNPACK: sums as ONNX Runtime's, and roundings that multiply."""
+
+    def integers(self, x: Tensor, scale: Tensor, zero_point: int, at_input: bool) -> Tensor:
+        """`x` times the reciprocal of its scale, half to even.
+
+        What a layer made comes in float64 and is the value that the layer rounds, times its scale.
+        """
+        if x.dtype == torch.float64:
+            return super().integers(x, scale, zero_point, at_input)
+        return (x * (1 / scale)).round() + zero_point
+
+
+def fixed_point_sum(
+    a: Tensor, b: Tensor, steps: tuple[float, float], output: float, sign: int = 1
+) -> Tensor:
+    """XNNPACK's sum of two tensors of 8 bits, in steps of the output: factors of 21 bits.
+
+    Args:
+        a: integers, counted from their zero point.
+        b: the same; may be of another shape that spreads over `a`.
+        steps: what one step of `a` and one of `b` stand for.
+        output: what one step of the sum stands for.
+        sign: -1 for the difference.
+
+    Returns:
+        Integers as float64, counted from the zero point and not yet clamped.
+    """
+    ratios = [float(float32(step) / float32(output)) for step in steps]
+    shift = 21 - math.frexp(max(ratios))[1]  # the larger factor has 21 bits
+    factors = [round(math.ldexp(ratio, shift)) for ratio in ratios]
+    sums = a.long() * factors[0] + sign * b.long() * factors[1]
+    return ((sums + (1 << (shift - 1))) >> shift).double()
+
+
+def scaled_product(a: Tensor, b: Tensor, steps: tuple[float, float], output: float) -> Tensor:
+    """XNNPACK's product of two tensors of 8 bits: one float32 factor, half to even.
+
+    Arguments and result are those of `fixed_point_sum`.
+    """
+    factor = float32(steps[0]) * float32(steps[1]) / float32(output)
+    return ((a.long() * b.long()).float() * factor).round().double()
+
+
+INTEGER_PAIRS = frozenset({"reciprocal"})
+"""Arithmetics in which two tensors meet as `fixed_point_sum` and `scaled_product` say."""
+
 ARITHMETICS: Mapping[str, Arithmetic] = {
     "requantize": Requantize(),
     "dequantize": Dequantize(),
     "fused": Fused(),
+    "reciprocal": Reciprocal(),
 }
 
 

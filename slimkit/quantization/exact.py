@@ -4,7 +4,8 @@ A simulation in float differs from the device where a value lies on the edge bet
 float sums carry rounding errors, sums of integers carry none. One such step in a hundred thousand
 values of an early layer is a few per cent of all values at the end of a deep, narrow network. Here
 convolutions and linear layers sum integers and scale them as the backend's `Scheme.arithmetic`
-says; everything else computes in float as in the simulation.
+says, which may hold for sums and products of branches as well; everything else computes in float
+as in the simulation.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from torch import Tensor, nn
 
 from slimkit.calls import Call, Trace
 from slimkit.copies import copied
-from slimkit.quantization.arithmetic import ARITHMETICS, float32
+from slimkit.quantization.arithmetic import (
+    ARITHMETICS,
+    INTEGER_PAIRS,
+    fixed_point_sum,
+    float32,
+    scaled_product,
+)
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import Finished, FinishedMode
+from slimkit.quantization.mode import INNER
 from slimkit.quantization.sites import is_input
 
 _EXACT = 2**24  # integers that float32 holds, so that their sums are exact in any order
@@ -54,6 +62,34 @@ class _Layer:
     wide: bool
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """What the sum or the product of two rounded tensors needs.
+
+    Args:
+        op: the operation.
+        steps: scales of the two.
+        output: scale of what the result is rounded to.
+    """
+
+    op: str
+    steps: tuple[float, float]
+    output: float
+
+    def __call__(self, *both: Tensor) -> Tensor:
+        """The result in float64, on its grid."""
+        a, b = ((x.double() / s).round() for x, s in zip(both, self.steps, strict=True))
+        if self.op in _SIGNS:
+            made = fixed_point_sum(a, b, self.steps, self.output, _SIGNS[self.op])
+        else:
+            made = scaled_product(a, b, self.steps, self.output)
+        return made * self.output
+
+
+_SIGNS = {"add": 1, "iadd": 1, "radd": 1, "sub": -1, "isub": -1}
+_PRODUCTS = frozenset({"mul", "imul", "rmul"})
+
+
 class _Exact(nn.Module):
     """Runs a finished model's integer layers on integers."""
 
@@ -78,6 +114,24 @@ class _Exact(nn.Module):
                 self._output_scale(calls[name], traced),
                 bool(largest >= _EXACT),
             )
+
+        self.pairs: dict[str, _Pair] = {}
+        if self.scheme.arithmetic in INTEGER_PAIRS:
+            for call in traced.calls:
+                self._add_pair(call, traced)
+
+    def _add_pair(self, call: Call, traced: Trace) -> None:
+        """Note a sum, a product or an operation in steps whose parts and result are rounded."""
+        sites, roundings = self.finished.sites, self.finished.roundings
+        sources = [sites.source(call, traced)]
+        if call.name in sites.inner:
+            sources.append(sites.inner[call.name])
+        elif {call.op} & {*_SIGNS, *_PRODUCTS} and len(call.inputs) == 2:
+            sources.append(sites.source(call, traced, 1))
+        output = self._output_scale(call, traced)
+        scales = [roundings[name].scale for name in sources if name is not None]
+        if output is not None and len(scales) == 2 and "alpha" not in call.arguments:
+            self.pairs[call.name] = _Pair(call.op, (scales[0], scales[1]), output)
 
     def _output_scale(self, call: Call, traced: Trace) -> float | None:
         """The scale of the rounding behind `call` and what the backend merges into it."""
@@ -108,6 +162,8 @@ class _ExactMode(FinishedMode):
         self.owner = owner
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if name in self.owner.pairs:
+            return self._pair(name, op, args, kwargs)
         layer = self.owner.layers.get(name)
         if layer is None:
             return super().on_call(name, op, func, args, kwargs)
@@ -138,6 +194,17 @@ class _ExactMode(FinishedMode):
             None if constants.bias is None else spread(constants.bias),
             None if layer.output is None else float32(layer.output),
         )
+        quantizer = self.output(name)
+        return y if quantizer is None else self.round(quantizer, y)
+
+    def _pair(self, name: str, op: str, args: Any, kwargs: Any) -> Tensor:
+        """What two rounded tensors make, in float64 where a rounding follows."""
+        reads = self.sites.inputs.get(name, {})
+        args, kwargs = self._rounded(reads, (args, kwargs)) if reads else (args, kwargs)
+        both = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if name in self.sites.inner:
+            both = [both[0], self.round(self.sites.inner[name], INNER[op](both[0]))]
+        y = self.owner.pairs[name](*both)
         quantizer = self.output(name)
         return y if quantizer is None else self.round(quantizer, y)
 

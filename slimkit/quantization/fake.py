@@ -14,7 +14,7 @@ from slimkit.errors import QuantizationError
 from slimkit.interfaces import Grid, Quantizer, Scheme
 from slimkit.quantization.folding import refuse_unfolded
 from slimkit.quantization.mode import SiteMode
-from slimkit.quantization.sites import Sites, find_sites
+from slimkit.quantization.sites import Sites, find_sites, prescribed
 from slimkit.registry import blame_for
 
 Maker = Callable[[Grid], Quantizer]
@@ -55,7 +55,7 @@ class FakeQuantization(nn.Module):
         self.only: frozenset[str] | None = None  # round nothing but these, to see what they cost
         self.quantizers = nn.ModuleDict()
         for name in sites.activations:
-            self.quantizers[_key(name)] = activations(scheme.activations)
+            self.quantizers[_key(name)] = self._activation(name, activations)
         self._blank: dict[str, dict[str, Tensor]] = {}
         for call, (name, path) in sites.weights.items():
             axis = 1 if "conv_transpose" in call else 0
@@ -111,7 +111,17 @@ class FakeQuantization(nn.Module):
         """Put new activation quantizers, which have seen nothing, in place of the old."""
         device = next((b.device for b in self.buffers()), torch.device("cpu"))
         for name in self.sites.activations:
-            self.quantizers[_key(name)] = make(self.scheme.activations).to(device)
+            self.quantizers[_key(name)] = self._activation(name, make).to(device)
+
+    def _activation(self, name: str, make: Maker) -> Quantizer:
+        """What rounds an activation; the runtime prescribes some."""
+        given = prescribed(name, self.scheme)
+        if given is None:
+            return make(self.scheme.activations)
+        fixed = Fixed(self.scheme.activations)
+        fixed.scale.fill_(given[0])
+        fixed.zero_point.fill_(given[1])
+        return fixed
 
     def keep_only_(self, sites: Sites) -> None:
         """Forget the quantizers that `sites` does not name."""
@@ -188,7 +198,7 @@ def _key(name: str) -> str:
 
 
 class Fixed(Quantizer):
-    """A range that was found before and no longer changes, as loaded from an artifact."""
+    """A range that does not change: loaded from an artifact, or prescribed by the runtime."""
 
     scale: Tensor
     zero_point: Tensor

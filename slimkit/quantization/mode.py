@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from slimkit.calls import CallMode, map_tensors
 from slimkit.quantization.sites import STEPS, Sites
 
-_STEPS = {op: getattr(torch, function) for op, function in STEPS.items()}
+INNER = {op: getattr(torch, function) for op, function in STEPS.items()}
+"""The functions that operations of `STEPS` multiply their input with."""
 
 
 class SiteMode(CallMode):
@@ -58,7 +59,7 @@ class SiteMode(CallMode):
             args, kwargs = self._rounded(reads, (args, kwargs))
         if name in self.sites.inner:
             x = args[0] if args else kwargs["input"]
-            out: Any = x * self._float_only(self.sites.inner[name], _STEPS[op](x))
+            out: Any = x * self._float_only(self.sites.inner[name], INNER[op](x))
         else:
             out = func(*args, **kwargs)
         quantizer = self.output(name)

@@ -57,12 +57,12 @@ class Sites:
         read = [quantizer for reads in self.inputs.values() for quantizer in reads.values()]
         return list(dict.fromkeys([*read, *self.inner.values(), *self.outputs.values()]))
 
-    def source(self, call: Call, trace: Trace) -> str | None:
-        """The quantizer that rounds the first tensor that `call` reads."""
-        if 0 in self.inputs.get(call.name, {}):
-            return self.inputs[call.name][0]
+    def source(self, call: Call, trace: Trace, position: int = 0) -> str | None:
+        """The quantizer that rounds the first tensor that `call` reads, or another of them."""
+        if position in self.inputs.get(call.name, {}):
+            return self.inputs[call.name][position]
         for made in trace.calls:
-            if call.inputs and call.inputs[0] in made.outputs:
+            if position < len(call.inputs) and call.inputs[position] in made.outputs:
                 return self.outputs.get(made.name)
         return None
 
@@ -104,6 +104,14 @@ def find_sites(trace: Trace, scheme: Scheme, keep_float: Sequence[str] = ()) -> 
 def is_input(quantizer: str) -> bool:
     """Whether a quantizer of placement ``tensors`` rounds an input of the model."""
     return quantizer.startswith(_INPUT) and ":" not in quantizer  # calls have a colon
+
+
+def prescribed(quantizer: str, scheme: Scheme) -> tuple[float, int] | None:
+    """Scale and zero point of an activation quantizer that has no choice."""
+    *_, op, _, place = ("", "", *quantizer.split(":"))  # such as act:sigmoid:0:out
+    op = STEPS.get(op, op) if place == "inner" else op
+    grids = {name: (scale, zero_point) for name, scale, zero_point in scheme.prescribed}
+    return grids.get(op) if place in ("out", "inner") else None
 
 
 def tail_of(trace: Trace) -> set[str]:
@@ -201,11 +209,12 @@ def _on_tensors(
                 merged.add(end.name)
         made = set(end.outputs)
         leaves = made & trace.outputs
+        stays_float = scheme.float_outputs or (leaves and not scheme.rounds_outputs)
         if _keeps(end, scheme) and end.inputs and end.inputs[0] in rounded:
             if made & wanted:
                 outputs[end.name] = rounded[end.inputs[0]]
                 rounded.update(dict.fromkeys(made, rounded[end.inputs[0]]))
-        elif made & wanted or (call.name in integer and not leaves and not scheme.float_outputs):
+        elif made & wanted or (call.name in integer and not stays_float):
             outputs[end.name] = f"{end.name}:out"
             rounded.update(dict.fromkeys(made, outputs[end.name]))
     inner = {name: f"{name}:inner" for name, call in integer.items() if call.op in scheme.steps}

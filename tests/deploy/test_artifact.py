@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nets import conv_norm, normal, residual_net
 from torch import nn
 
 import slimkit
+from slimkit.deploy.artifact import _scheme_in, _scheme_out
 from slimkit.errors import ArtifactError, ExportError, SlimkitError
 from slimkit.interfaces import Criterion
 from slimkit.registry import discover
@@ -48,6 +50,15 @@ def copied(artifact, tmp_path: Path) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(source.read_bytes())
     return target
+
+
+def test_a_scheme_is_the_same_when_it_is_read_again() -> None:
+    scheme = replace(
+        discover().create("backend", "onnxruntime").scheme,
+        rounds_outputs=True,
+        prescribed=(("sigmoid", 1 / 256, -128),),
+    )
+    assert _scheme_in(_scheme_out(scheme)) == scheme
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,12 @@ from torch.nn import functional
 
 import slimkit
 from slimkit.builtin.backends.onnxruntime import OnnxRuntime
-from slimkit.quantization.arithmetic import ARITHMETICS, float32
+from slimkit.quantization.arithmetic import (
+    ARITHMETICS,
+    fixed_point_sum,
+    float32,
+    scaled_product,
+)
 from slimkit.quantization.exact import exact
 
 
@@ -122,6 +127,38 @@ def test_openvino_rounds_products_and_sums_one_after_the_other() -> None:
     assert np.array_equal(found.numpy(), wanted)
     at_once = sums.astype(np.float64) * np.float64(np.float32(step * scale)) + np.float64(bias)
     assert not np.array_equal(at_once.astype(np.float32), wanted)
+
+
+def test_xnnpack_multiplies_by_the_reciprocal_where_onnx_runtime_divides() -> None:
+    """By hand in NumPy, at values half-way between two integers, as pixels are."""
+    step = np.float32(2 / 255)
+    x = (np.arange(256) / 127.5 - 1).astype(np.float32)
+    multiplied = np.rint(x * (np.float32(1) / step)) - 1
+    divided = np.rint(x / step) - 1
+    assert not np.array_equal(multiplied, divided)
+    for name, wanted in (("reciprocal", multiplied), ("requantize", divided)):
+        found = ARITHMETICS[name].integers(torch.from_numpy(x), float32(2 / 255), -1, True)
+        assert np.array_equal(found.numpy(), wanted)
+
+
+def test_xnnpack_adds_in_fixed_point() -> None:
+    """By hand: factors of 2**20 to 2**21 - 1, halves go up."""
+    a, b = torch.tensor([3, -7, 127, 1]), torch.tensor([5, 2, -128, 0])
+    found = fixed_point_sum(a, b, (0.5, 0.25), 1.0)
+    # 2**21 steps of 2**-22: (3 * 0.5 + 5 * 0.25, ...) = 2.75, -3, 31.5, 0.5
+    assert found.tolist() == [3, -3, 32, 1]
+    assert fixed_point_sum(a, b, (0.5, 0.25), 1.0, sign=-1).tolist() == [0, -4, 96, 1]
+    third = fixed_point_sum(torch.tensor([1]), torch.tensor([1]), (1 / 3, 1 / 3), 1e-6).item()
+    factor = round(float(np.float32(1 / 3) / np.float32(1e-6)) * 2**2)
+    assert third == (2 * factor + 2) >> 2
+
+
+def test_xnnpack_multiplies_integers_by_one_factor() -> None:
+    a, b = np.arange(-128, 128), np.arange(255, -1, -1)
+    factor = np.float32(np.float32(0.013) * np.float32(0.0071)) / np.float32(0.021)
+    wanted = np.rint((a * b).astype(np.float32) * factor)
+    found = scaled_product(torch.from_numpy(a), torch.from_numpy(b), (0.013, 0.0071), 0.021)
+    assert np.array_equal(found.numpy(), wanted)
 
 
 def test_unknown_arithmetic_leaves_the_simulation_as_it_is(net) -> None:

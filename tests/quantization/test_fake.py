@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_activation_ranges_are_those_of_the_calibration() -> None:
     small.train()(1000 * normal(4, 6))
     assert before
     assert all(torch.equal(v, dict(small.fake.named_buffers())[k]) for k, v in before.items())
+
+
+def test_ranges_that_the_runtime_prescribes_are_not_calibrated() -> None:
+    operations = TENSORS.operations | {"sigmoid"}
+    scheme = replace(TENSORS, operations=operations, prescribed=(("sigmoid", 1 / 256, 0),))
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 2, 1))
+    fake = simulated(net, [normal(4, 3, 8, 8)], scheme).fake
+    assert fake["1:sigmoid:0:out"].qparams() == (1 / 256, 0)
+    free = simulated(net, [normal(4, 3, 8, 8)], replace(scheme, prescribed=())).fake
+    assert free["1:sigmoid:0:out"].qparams()[0] != 1 / 256
 
 
 def test_state_dict_carries_the_ranges_into_another_model() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from slimkit.calls import trace
-from slimkit.quantization.sites import Sites, find_sites
+from slimkit.quantization.sites import Sites, find_sites, prescribed
 
 IMAGE = normal(1, 3, 8, 8)
 
@@ -256,6 +256,22 @@ def test_float_outputs_round_only_what_is_read_as_integers() -> None:
     assert "a:conv2d:0" in sites(flow, TENSORS, **layers).outputs
     free = sites(flow, replace(TENSORS, float_outputs=True), **layers)
     assert free.outputs == {":gelu:0": ":gelu:0:out"}
+
+
+def test_outputs_of_the_model_are_rounded_where_the_backend_has_no_float_behind_integers() -> None:
+    layers = {"a": conv(3, 4), "b": conv(4, 4)}
+    plain = sites(lambda net, x: net.b(net.a(x)), TENSORS, **layers)
+    assert "b:conv2d:0" not in plain.outputs
+    whole = sites(lambda net, x: net.b(net.a(x)), replace(TENSORS, rounds_outputs=True), **layers)
+    assert whole.outputs["b:conv2d:0"] == "b:conv2d:0:out"
+
+
+def test_grids_that_the_backend_prescribes_are_found_by_operation() -> None:
+    scheme = replace(TENSORS, prescribed=(("sigmoid", 1 / 256, -128),))
+    assert prescribed("neck.act:sigmoid:3:out", scheme) == (1 / 256, -128)
+    assert prescribed(":silu:0:inner", scheme) == (1 / 256, -128)  # the sigmoid inside
+    for free in (":silu:0:out", "a:conv2d:0:out", "input0", "sigmoid:conv2d:0:in0"):
+        assert prescribed(free, scheme) is None
 
 
 def test_depthwise_layers_stay_in_float_where_the_backend_says_so() -> None:

@@ -1,0 +1,75 @@
+"""Small networks with the operations that TFLite computes in its own way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Mixed(nn.Module):
+    """Residual, with pooling, concatenation, a depthwise layer, hard-swish, SiLU and a gate."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.depthwise = nn.Conv2d(width, width, 3, stride=2, padding=1, groups=width)
+        self.pointwise, self.branch = (
+            nn.Conv2d(width, width, 1),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.both, self.gate = nn.Conv2d(2 * width, width, 1), nn.Conv2d(width, width, 1)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, 10)
+        x = F.avg_pool2d(F.relu(self.norm(self.stem(x))), 2)
+        x = F.hardswish(self.pointwise(F.relu6(self.depthwise(x))))
+        y = self.branch(F.max_pool2d(x, 3, 1, 1))
+        x = self.both(torch.cat([F.relu(x + y), F.silu(y)], 1))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Padded(nn.Module):
+    """Pads on two sides only, clips, and leaves through a layer, in the order of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2)
+        self.deep = nn.Conv2d(16, 16, 3, stride=2, groups=16)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, 4, 4, 4)
+        x = self.stem(F.pad(x, (0, 1, 0, 1))).clamp(-0.3, 0.5)
+        x = F.relu(self.deep(F.pad(x, (0, 1, 0, 1))))
+        return self.last(F.max_pool2d(x, 3, 2, 1))  # pads with what is less than any number
+
+
+class Layers(nn.Module):
+    """Nothing but layers and ReLU, which are computed to the last bit."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.c, self.head = nn.Conv2d(width, width, 3, padding=1), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, 10)
+        x = F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))))
+        return self.head(F.max_pool2d(x, 32).flatten(1))
+
+
+class Named(nn.Module):
+    """Takes two inputs, gives named outputs of several types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 16), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        a, b = self.left(x), self.right(y)
+        return {"sum": a + b, "larger": a > b, "best": a.argmax(-1), "first": a}
