@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 DEMO := .venv
 TEST := .venv-test
+EXECUTORCH := .venv-executorch
 ZOO := torchvision==0.28.0 timm==1.0.31 huggingface_hub==2.4.0
 ZOO_PATH := $(TEST)/zoo:../shared/tools
 
@@ -24,14 +25,21 @@ $(TEST)/.ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(TEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(TEST)/zoo $(ZOO)
 	@touch $@
 
+# ExecuTorch wants packages that the other environment has in other versions.
+$(EXECUTORCH)/.ready: pyproject.toml constraints.txt plugins/slimkit-executorch/pyproject.toml
+	$(PYTHON) -m venv $(EXECUTORCH)
+	$(EXECUTORCH)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable plugins/slimkit-executorch
+	@touch $@
+
 demo: $(DEMO)/.ready  ## prune, distil, quantize, export and prove, on real data, in 3 minutes
 	$(DEMO)/bin/slimkit run demo --output runs/demo
 
 test: lint  ## all checks of CI
 	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-slow: $(TEST)/.ready  ## tests that take minutes
+test-slow: $(TEST)/.ready $(EXECUTORCH)/.ready  ## tests that take minutes
 	$(TEST)/bin/python -m pytest -m slow
+	$(EXECUTORCH)/bin/python -m pytest plugins/slimkit-executorch/tests
 
 test-alone: $(TEST)/.ready  ## the core without any plugin, and each plugin without the others
 	SLIMKIT_PLUGINS= OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 tests/testing/test_conformance.py tests/test_registry.py tests/test_cli.py
@@ -66,4 +74,4 @@ bench: $(TEST)/.ready  ## all of benchmarks/, hours; SLIMKIT_DATA names the data
 	$(TEST)/bin/slimkit run benchmarks/cifar10/recipe.yaml --output runs/cifar10
 
 clean:  ## remove environments and caches, keep runs/
-	rm -rf $(DEMO) $(TEST) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(DEMO) $(TEST) $(EXECUTORCH) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -12,7 +12,11 @@ PACKAGES: dict[str, dict[str, str]] = {
     "criterion": {"ria": "slimkit-ria"},
     "quantizer": {"octav": "slimkit-octav"},
     "loss": {"pair-wise": "slimkit-skd"},
-    "backend": {"aoti": "slimkit-aoti", "openvino": "slimkit-openvino"},
+    "backend": {
+        "aoti": "slimkit-aoti",
+        "executorch": "slimkit-executorch",
+        "openvino": "slimkit-openvino",
+    },
 }
 """By kind and name, the packages that slimkit's own repository has under ``plugins/``."""
 
