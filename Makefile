@@ -25,7 +25,7 @@ $(TEST)/.ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	$(TEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(TEST)/zoo $(ZOO)
 	@touch $@
 
-# ExecuTorch wants packages that the other environment has in other versions.
+# ExecuTorch lies apart: it brings the converters of a dozen other backends along.
 $(EXECUTORCH)/.ready: pyproject.toml constraints.txt plugins/slimkit-executorch/pyproject.toml
 	$(PYTHON) -m venv $(EXECUTORCH)
 	$(EXECUTORCH)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable plugins/slimkit-executorch

@@ -65,21 +65,33 @@ class Attention(nn.Module):
 
 
 class Shuffle(nn.Module):
-    """Takes channels apart and together again, and ends in layers of four kinds."""
+    """Takes channels apart and together again, and convolves over one dimension."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-        self.whole, self.deep = nn.Conv2d(16, 8, 3), nn.Conv2d(16, 16, 3, groups=16)
-        self.grouped, self.line = nn.Conv2d(16, 16, 3, groups=2), nn.Conv1d(16, 8, 3)
+        self.c, self.line = nn.Conv2d(16, 16, 3, 2), nn.Conv1d(16, 16, 3)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (n, 16, 12, 12)
+    def forward(self, x: Tensor) -> Tensor:  # (n, 16, 12, 12) -> (n, 16)
         x = functional.relu(self.a(x))
         x = torch.cat([x, functional.relu(self.b(x))], 1)
         x = x.view(-1, 2, 16, 12, 12).transpose(1, 2).reshape(-1, 32, 12, 12)
         left, right = x.chunk(2, 1)
-        flat = right.flatten(2)
-        return self.whole(left), self.deep(left), self.grouped(right), self.line(flat)
+        return functional.relu(self.line((self.c(left)).flatten(2))).mean(2) + right.mean((2, 3))
+
+
+class Leaves(nn.Module):
+    """Ends in layers of four kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.whole = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 3)
+        self.deep, self.grouped = nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 3, groups=2)
+        self.line = nn.Conv1d(16, 8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (n, 16, 12, 12)
+        x = functional.relu(self.stem(x))
+        return self.whole(x), self.deep(x), self.grouped(x), self.line(x.flatten(2))
 
 
 class Two(nn.Module):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slimkit.errors import ExportError
+from slimkit.errors import ExportError, UnavailableError
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 from slimkit.trial import Trial
 from slimkit_executorch import inspection, lowering
@@ -57,6 +57,8 @@ class ExecuTorch(Backend):
             data = lowering.lowered(deployable)
             lowering.compare_shapes(data, deployable)
             self._trial.keep(deployable, data)
+        except UnavailableError:
+            raise
         except ExportError as error:
             return [str(error)]
         return []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operations
@@ -13,13 +15,38 @@ _aten, _ops = torch.ops.aten, torch.ops.quantized_decomposed
 QUANTIZE = _ops.quantize_per_tensor.default
 DEQUANTIZE = _ops.dequantize_per_tensor.default
 DEQUANTIZE_CONSTANT = _ops.dequantize_per_channel.default
-LAYERS = frozenset(
-    {_aten.conv1d.default, _aten.conv2d.default, _aten.linear.default}
-    | {_aten.conv1d.padding, _aten.conv2d.padding}
-)
+LAYERS = frozenset({_aten.conv2d.default, _aten.conv2d.padding, _aten.linear.default})
 """Operations that take (input, weight, bias) first."""
 ACTIVATIONS = frozenset({_aten.relu.default, _aten.hardtanh.default})
 """What XNNPACK merges into the layer in front of it."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The integers that a node rounds to or comes back from.
+
+    Args:
+        scale: size of one step.
+        zero_point: the integer that stands for 0.
+        low: the smallest integer.
+        high: the largest integer.
+        dtype: their type.
+    """
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, node: Node) -> Steps:
+        """Those of a `QUANTIZE` or `DEQUANTIZE`."""
+        return cls(*node.args[1:])  # type: ignore[arg-type]  # the operation's own types
+
+    def integer(self, value: float) -> int:
+        """The integer of a value, not clipped."""
+        return round(value / self.scale) + self.zero_point
 
 
 def tensor_of(module: GraphModule, node: Node) -> Tensor:
@@ -28,7 +55,7 @@ def tensor_of(module: GraphModule, node: Node) -> Tensor:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     assert isinstance(value, Tensor)
-    return value
+    return value.detach()
 
 
 def add_constant(module: GraphModule, value: Tensor, before: Node) -> Node:
@@ -58,6 +85,22 @@ def shape_of(node: Node) -> tuple[int, ...]:
 def only_reader(node: Node) -> Node | None:
     """The one node that reads `node`, if it is one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def arguments(node: Node, names: tuple[str, ...], defaults: tuple[Any, ...] = ()) -> list[Any]:
+    """A call's arguments by position; those left out are their defaults, or None.
+
+    Args:
+        node: the call.
+        names: of all its parameters, in order.
+        defaults: their values where nothing is given.
+    """
+    given = [*node.args, *(None,) * (len(names) - len(node.args))]
+    for n, name in enumerate(names):
+        if n >= len(node.args):
+            default = defaults[n] if n < len(defaults) else None
+            given[n] = node.kwargs.get(name, default)
+    return given
 
 
 def integer_layers(module: GraphModule) -> Iterator[Node]:

@@ -170,7 +170,7 @@ def timed(data: bytes, name: str, inputs: tuple[Tensor, ...]) -> dict[str, float
     with silenced():
         trace = reader.deserialize_from_etdump_flatcc(program.trace())
     runs = [
-        Counter(_times([e.profile_event for e in run.events if e.profile_event], found))
+        _times([e.profile_event for e in run.events if e.profile_event], found)
         for run in trace.run_data
         if run.name == "Execute"
     ][_WARM_UP:]
@@ -178,7 +178,7 @@ def timed(data: bytes, name: str, inputs: tuple[Tensor, ...]) -> dict[str, float
     return {name: statistics.median(run[name] for run in runs) for name in names}
 
 
-def _times(events: Sequence[Any], found: Sequence[Step]) -> dict[str, float]:
+def _times(events: Sequence[Any], found: Sequence[Step]) -> Counter[str]:
     """Milliseconds of one run by name.
 
     Events come in the order of execution. One that begins no operator of the file (a clamp behind
@@ -187,7 +187,7 @@ def _times(events: Sequence[Any], found: Sequence[Step]) -> dict[str, float]:
     waiting: dict[tuple[int, str], list[str]] = {}
     for step in reversed(found):
         waiting.setdefault((step.instruction, step.traced), []).append(step.name)
-    times = Counter[str]()
+    times: Counter[str] = Counter()
     current = found[0].name if found else ""
     for event in events:
         label = event.delegate_debug_id_str or event.name or ""

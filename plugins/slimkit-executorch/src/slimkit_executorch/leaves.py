@@ -19,7 +19,9 @@ from slimkit_executorch.graph import (
     ACTIVATIONS,
     DEQUANTIZE,
     QUANTIZE,
+    Steps,
     add_constant,
+    arguments,
     constant_of,
     integer_layers,
     only_reader,
@@ -29,19 +31,29 @@ from slimkit_executorch.graph import (
 
 _aten, _ops = torch.ops.aten, torch.ops.quantized_decomposed
 _EPS = 2.0**-23  # least scale that torch's own search for a range gives; XNNPACK has none
-_PINNED = frozenset({_aten.linear.default, _aten.conv2d.default})
+_CHANNELS_LAST = frozenset(
+    {_aten.conv2d.default, _aten.conv2d.padding, _aten.max_pool2d.default}
+    | {_aten.avg_pool2d.default, _aten.adaptive_avg_pool2d.default, _aten.mean.dim}
+)
+"""What XNNPACK gives images of with the channels in the last dimension."""
+_EITHER = frozenset(
+    {QUANTIZE, DEQUANTIZE, *ACTIVATIONS, _aten.add.Tensor, _aten.mul.Tensor, _aten.sub.Tensor}
+    | {_aten.hardswish.default, _aten.sigmoid.default, _aten.silu.default, _aten.cat.default}
+)
+"""What keeps the order of the dimensions that its inputs have."""
 
 
 def pin_ranges_(module: GraphModule) -> None:
     """Make every integer layer that gives float one of XNNPACK's, or a float one where it has none.
 
-    It has none for depthwise, grouped, transposed and one-dimensional convolutions: their weights
-    become float constants, which leaves the numbers as they are.
+    It has none for depthwise and grouped convolutions, and where one reads what was reshaped, say,
+    ExecuTorch 1.5 mixes up the order of the dimensions. The weights of these become float
+    constants, which leaves the numbers as they are.
     """
     for layer in [*_giving_float(module)]:
         source = layer.args[0]
         assert isinstance(source, Node)
-        if layer.target in _PINNED and source.target is DEQUANTIZE and _groups(layer) == 1:
+        if source.target is DEQUANTIZE and _can_be_pinned(layer, source):
             _pin_(module, layer, source)
         else:
             to_float_(module, layer)
@@ -66,23 +78,27 @@ def _giving_float(module: GraphModule) -> Iterator[Node]:
             yield layer
 
 
-def _groups(layer: Node) -> int:
+def _can_be_pinned(layer: Node, source: Node) -> bool:
     if layer.target is _aten.linear.default:
-        return 1
-    groups = layer.args[6] if len(layer.args) > 6 else layer.kwargs.get("groups", 1)
-    assert isinstance(groups, int)
-    return groups
+        return True
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    whole = arguments(layer, names, (None,) * 6 + (1,))[6] == 1
+    return whole and _channels_last(source)
+
+
+def _channels_last(node: Node) -> bool:
+    if node.target in _CHANNELS_LAST:
+        made = node.meta.get("val")  # what a rewrite has made has none, and four dimensions
+        return made is None or made.dim() == 4
+    return node.target in _EITHER and all(map(_channels_last, node.all_input_nodes))
 
 
 def _pin_(module: GraphModule, layer: Node, source: Node) -> None:
     graph, weight = module.graph, layer.args[1]
-    _, scale, zero_point, low, high, dtype = source.args
+    steps = Steps.of(source)
+    low, high = steps.low, steps.high
+    ends = [(e - steps.zero_point) * steps.scale for e in (low, high) if e != steps.zero_point]
     assert isinstance(weight, Node)
-    assert isinstance(scale, float)
-    assert isinstance(zero_point, int)
-    assert isinstance(low, int)
-    assert isinstance(high, int)
-    ends = [(end - zero_point) * scale for end in (low, high) if end != zero_point]
     integers = tensor_of(module, weight.all_input_nodes[0])
     unread = integers.new_zeros(len(integers), len(ends), *integers.shape[2:])
     rank = len(shape_of(source))
@@ -92,9 +108,11 @@ def _pin_(module: GraphModule, layer: Node, source: Node) -> None:
         x = source
         for end in ends:  # 0 is in every range, and padding with it means something else
             x = graph.call_function(_aten.constant_pad_nd.default, (x, [*behind, 0, 1], end))
-        found = graph.call_function(_ops.choose_qparams.tensor, (x, low, high, _EPS, dtype))
+        found = graph.call_function(_ops.choose_qparams.tensor, (x, low, high, _EPS, steps.dtype))
         grid = [graph.call_function(operator.getitem, (found, n)) for n in (0, 1)]
-        x = graph.call_function(_ops.quantize_per_tensor.tensor, (x, *grid, low, high, dtype))
-        x = graph.call_function(_ops.dequantize_per_tensor.tensor, (x, *grid, low, high, dtype))
+        x = graph.call_function(_ops.quantize_per_tensor.tensor, (x, *grid, low, high, steps.dtype))
+        x = graph.call_function(
+            _ops.dequantize_per_tensor.tensor, (x, *grid, low, high, steps.dtype)
+        )
         w = graph.call_function(_ops.dequantize_per_channel.default, (constant, *weight.args[1:]))
     layer.args = (x, w, *layer.args[2:])

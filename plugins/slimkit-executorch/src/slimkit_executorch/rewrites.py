@@ -7,6 +7,8 @@ numbers: the graph computes the same integers before and after.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -16,14 +18,16 @@ from slimkit_executorch.graph import (
     DEQUANTIZE_CONSTANT,
     LAYERS,
     QUANTIZE,
+    Steps,
     add_constant,
+    arguments,
     constant_of,
     only_reader,
     replace,
     rounded,
     shape_of,
 )
-from slimkit_executorch.views import multiply_in_one_batch_, split_by_slices_
+from slimkit_executorch.views import multiply_in_one_batch_, split_by_slices_, widen_convolutions_
 
 _aten = torch.ops.aten
 
@@ -34,6 +38,7 @@ def rewrite_(module: GraphModule) -> None:
     drop_idle_activations_(module)
     split_by_slices_(module)
     multiply_in_one_batch_(module)
+    widen_convolutions_(module)
     fold_biases_(module)
     move_in_front_of_concatenations_(module)
     keep_pooled_dimensions_(module)
@@ -47,19 +52,16 @@ def name_activations_(module: GraphModule) -> None:
     graph = module.graph
     for node in [*graph.nodes]:
         if node.target is _aten.relu6.default:
-            bounds: tuple[object, object] = (0.0, 6.0)
-        elif node.target is _aten.clamp.default:
-            low, high = (*node.args[1:], None, None)[:2]
-            bounds = (node.kwargs.get("min", low), node.kwargs.get("max", high))
+            low, high = 0.0, 6.0
+        elif node.target is _aten.clamp.default and node.meta["val"].is_floating_point():
+            low, high = arguments(node, ("self", "min", "max"))[1:]
         else:
             continue
-        if bounds[0] is None or not node.meta["val"].is_floating_point():
-            continue
         with graph.inserting_before(node):
-            if bounds == (0, None):
+            if low == 0 and high is None:
                 made = graph.call_function(_aten.relu.default, node.args[:1])
-            elif bounds[1] is not None:
-                made = graph.call_function(_aten.hardtanh.default, (node.args[0], *bounds))
+            elif low is not None and high is not None:
+                made = graph.call_function(_aten.hardtanh.default, (node.args[0], low, high))
             else:
                 continue
         replace(node, made)
@@ -74,13 +76,14 @@ def drop_idle_activations_(module: GraphModule) -> None:
         rounding = only_reader(node)
         if node.target not in ACTIVATIONS or rounding is None or rounding.target is not QUANTIZE:
             continue
-        scale, zero_point, low, high = (float(v) for v in rounding.args[1:5])  # type: ignore[arg-type]
-        ends = (-1.0, 1.0) if node.target is _aten.hardtanh.default else (0.0, None)
-        least, most = (*node.args[1:3], *ends[len(node.args) - 1 :])
-        idle_below = round(least / scale) + zero_point <= low
-        idle_above = most is None or round(most / scale) + zero_point >= high
-        if idle_below and idle_above:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        steps = Steps.of(rounding)
+        low, high = 0.0, math.inf
+        if node.target is _aten.hardtanh.default:
+            low, high = arguments(node, ("self", "min_val", "max_val"), (None, -1.0, 1.0))[1:]
+        if steps.integer(low) > steps.low:
+            continue
+        if high == math.inf or steps.integer(high) >= steps.high:
+            node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
 
 
@@ -163,11 +166,12 @@ def pad_integers_(module: GraphModule) -> None:
 
 def _pads_with_zeros(node: Node) -> bool:
     if node.target is _aten.constant_pad_nd.default:
-        return not (*node.args[2:], 0)[0]
+        return not arguments(node, ("self", "pad", "value"))[2]
     if node.target is not _aten.pad.default:
         return False
-    mode, value = (*node.args[2:], *("constant", None)[len(node.args) - 2 :])
-    return mode == "constant" and not value and not node.kwargs
+    names = ("self", "pad", "mode", "value")
+    mode, value = arguments(node, names, (None, None, "constant"))[2:]
+    return mode == "constant" and not value
 
 
 def dequantize_for_each_reader_(module: GraphModule) -> None:

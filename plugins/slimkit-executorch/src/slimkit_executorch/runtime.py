@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import tempfile
 import threading
@@ -71,7 +73,7 @@ class Loaded:
     def _open(self) -> None:
         POOL.use(self.threads)
         self.turn = POOL.turn
-        self.method = None
+        self.method: Any = None
         try:
             with listening() as said:
                 self.program = runtime().load_program(self.data, enable_etdump=self.traced)
@@ -150,24 +152,23 @@ def runtime() -> Any:
 
 @contextmanager
 def listening() -> Iterator[Callable[[], str]]:
-    """Inside, what C++ writes to the standard error goes into what is called afterwards."""
-    with tempfile.TemporaryFile() as file:
+    """Inside, what C++ and Python write to the standard error goes into what is called afterwards.
+
+    ExecuTorch's bindings write to either.
+    """
+    heard: list[str] = []
+    with tempfile.TemporaryFile() as file, io.StringIO() as text:
         before = os.dup(2)
         os.dup2(file.fileno(), 2)
-        text = ""
-
-        def said() -> str:
-            return text
-
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), contextlib.redirect_stderr(text):
                 warnings.simplefilter("ignore")
-                yield said
+                yield lambda: "".join(heard)
         finally:
             os.dup2(before, 2)
             os.close(before)
             file.seek(0)
-            text = file.read().decode(errors="replace")
+            heard += [text.getvalue(), file.read().decode(errors="replace")]
 
 
 def reason(error: BaseException, said: Callable[[], str]) -> str:

@@ -5,10 +5,22 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from slimkit_executorch.graph import replace, shape_of
+from slimkit_executorch.graph import (
+    ACTIVATIONS,
+    DEQUANTIZE,
+    DEQUANTIZE_CONSTANT,
+    QUANTIZE,
+    add_constant,
+    arguments,
+    only_reader,
+    replace,
+    rounded,
+    shape_of,
+    tensor_of,
+)
 
 _aten = torch.ops.aten
-_SPLITS = {
+_SPLITS: dict[object, int] = {
     _aten.split.Tensor: 2,
     _aten.split_with_sizes.default: 2,
     _aten.chunk.default: 2,
@@ -78,3 +90,40 @@ def multiply_in_one_batch_(module: GraphModule) -> None:
             made = graph.call_function(_aten.bmm.default, tuple(flat))
             made = graph.call_function(_aten.reshape.default, (made, [*shape_of(node)]))
         replace(node, made)
+
+
+def widen_convolutions_(module: GraphModule) -> None:
+    """Write convolutions over one dimension as ones over two, the second of size 1.
+
+    ExecuTorch does so too, but takes one in float for an integer one if what it reads was rounded.
+    """
+    graph = module.graph
+    for node in [*graph.nodes]:
+        if node.target is not _aten.conv1d.default:
+            continue
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        x, w, bias, stride, padding, dilation, groups = arguments(
+            node, names, (None, None, None, [1], [0], [1], 1)
+        )
+        end = node
+        if (reader := only_reader(end)) is not None and reader.target in ACTIVATIONS:
+            end = reader
+        rounding = only_reader(end)
+        constant = w.args[0] if w.target is DEQUANTIZE_CONSTANT else w
+        wide = add_constant(module, tensor_of(module, constant).unsqueeze(-1), node)
+        with graph.inserting_before(node):
+            if constant is not w:
+                wide = graph.call_function(DEQUANTIZE_CONSTANT, (wide, *w.args[1:]))
+            y = graph.call_function(_aten.reshape.default, (x, [*shape_of(x), 1]))
+            if x.target is DEQUANTIZE:
+                y = rounded(module, y, x.args[1:])
+            y.meta = {"val": x.meta["val"].unsqueeze(-1)}
+            sizes = [[*stride, 1], [*padding, 0], [*dilation, 1], groups]
+            y = graph.call_function(_aten.conv2d.default, (y, wide, bias, *sizes))
+            if end is not node:
+                y = graph.call_function(end.target, (y, *end.args[1:]))
+            if rounding is not None and rounding.target is QUANTIZE:
+                y = rounded(module, y, rounding.args[1:])
+            y = graph.call_function(_aten.reshape.default, (y, [*shape_of(end)]))
+        replace(end, y)
+    graph.eliminate_dead_code()
