@@ -16,9 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from slimkit.errors import ExportError
-from slimkit.importing import required
 from slimkit.silence import silenced
-from slimkit_executorch.runtime import Loaded, bindings
+from slimkit_executorch.runtime import Loaded, bindings, part
 
 _WARM_UP, _PROFILED = 5, 20  # runs
 _INFINITE = re.compile(r"\binf\b")  # a bound that there is not, which JSON has another word for
@@ -72,7 +71,7 @@ def steps(data: bytes, name: str) -> list[Step]:
         ExportError: it is no ExecuTorch program.
     """
     bindings()
-    reader = required("executorch.exir._serialize._program", "executorch", "executorch")
+    reader = part("exir._serialize._program")
     try:
         with silenced():
             program = reader.deserialize_pte_binary(data).program
@@ -132,10 +131,8 @@ def _integer(kind: str) -> bool:
 
 def _graph(blob: bytes) -> dict[str, Any]:
     """The graph in a delegate's data, by the compiler of schemas that ExecuTorch brings along."""
-    serialize = required(
-        "executorch.backends.xnnpack.serialization.xnnpack_graph_serialize", "executorch"
-    )
-    flatbuffer = required("executorch.exir._serialize._flatbuffer", "executorch")
+    serialize = part("backends.xnnpack.serialization.xnnpack_graph_serialize")
+    flatbuffer = part("exir._serialize._flatbuffer")
     header = serialize.XNNHeader.from_bytes(blob[: serialize.XNNHeader.EXPECTED_LENGTH])
     begin = header.flatbuffer_offset
     with tempfile.TemporaryDirectory() as name:
@@ -166,7 +163,7 @@ def timed(data: bytes, name: str, inputs: tuple[Tensor, ...]) -> dict[str, float
     program = Loaded(data, name, traced=True)
     for _ in range(_WARM_UP + _PROFILED):
         program(*inputs)
-    reader = required("executorch.devtools.etdump.serialize", "executorch")
+    reader = part("devtools.etdump.serialize")
     with silenced():
         trace = reader.deserialize_from_etdump_flatcc(program.trace())
     runs = [

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from slimkit.errors import ExportError
-from slimkit.importing import required
 from slimkit.interfaces import Deployable
 from slimkit.silence import silenced
 from slimkit_executorch import runtime
@@ -28,10 +27,8 @@ def lowered(deployable: Deployable) -> bytes:
     Raises:
         ExportError: ExecuTorch has no counterpart of an operation; all that it lacks are named.
     """
-    exir = required("executorch.exir", "executorch")
-    partitioner = required(
-        "executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch", "executorch"
-    ).XnnpackPartitioner
+    exir = runtime.part("exir")
+    partitioner = runtime.part("backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner
     runtime.bindings()
     try:
         with silenced(), runtime.listening():

@@ -22,7 +22,6 @@ from slimkit.importing import required
 from slimkit.silence import silenced
 
 METHOD = "forward"
-_BACKEND = "executorch"
 
 
 class Pool:
@@ -132,13 +131,23 @@ _TYPES = {
 """ExecuTorch's numbers of types, which are those of torch."""
 
 
+def part(module: str) -> Any:
+    """A module of ExecuTorch's, imported without the warnings of what it imports.
+
+    Raises:
+        UnavailableError: ExecuTorch is not installed.
+    """
+    with silenced(), listening():
+        return required(f"executorch.{module}", "executorch", "executorch")
+
+
 @cache
 def bindings() -> Any:
     """ExecuTorch's compiled module, with the kernels for what is quantized outside XNNPACK."""
-    with silenced(), listening():
-        required("executorch.runtime", _BACKEND, "executorch")
-        required("executorch.kernels.quantized", _BACKEND, "executorch")
-        library = required("executorch.extension.pybindings.portable_lib", _BACKEND, "executorch")
+    part("runtime")
+    part("kernels.quantized")
+    library = part("extension.pybindings.portable_lib")
+    with listening():
         library._threadpool_get_thread_count()  # makes the pool, and looks at the processor
     return library
 
@@ -147,7 +156,7 @@ def bindings() -> Any:
 def runtime() -> Any:
     """ExecuTorch's runtime."""
     bindings()
-    return required("executorch.runtime", _BACKEND, "executorch").Runtime.get()
+    return part("runtime").Runtime.get()
 
 
 @contextmanager
