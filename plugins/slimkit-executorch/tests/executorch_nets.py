@@ -39,7 +39,7 @@ class Mixed(nn.Module):
 
 
 class Padded(nn.Module):
-    """Pads on two sides only, as TensorFlow does."""
+    """Pads on two sides only, as TensorFlow does, and for a function of floats."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,8 @@ class Padded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, 10)
         x = functional.relu6(self.stem(functional.pad(x, (0, 1, 0, 1))))
         x = functional.relu6(self.deep(functional.pad(x, (0, 1, 0, 1))))
-        return self.head(functional.relu6(self.wide(x)).mean((2, 3)))
+        x = functional.relu6(self.wide(x))
+        return self.head(functional.silu(functional.pad(x, (1, 0, 1, 0))).mean((2, 3)))
 
 
 class Attention(nn.Module):

@@ -324,6 +324,20 @@ def test_damaged_file_is_one_clear_error(
     assert capfd.readouterr() == ("", "")
 
 
+def test_images_may_lie_with_channels_last_in_memory(tmp_path: Path) -> None:
+    """The example, the weights and what the file is run on; slices run in portable kernels."""
+
+    class Halved(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x[:, :, ::2, ::2] * 2
+
+    x = normal(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    net = Halved(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    made = case(net.to(memory_format=torch.channels_last), x, directory=tmp_path)
+    assert min(compare(made.exact(), made.outputs()).sqnr_db) >= 100
+
+
 def test_inputs_that_do_not_fit_are_refused(int8: dict[str, Case]) -> None:
     run = ExecuTorch().load(int8["mixed"].directory)
     x = normal(1, 3, 24, 24)

@@ -57,13 +57,19 @@ def prepared(deployable: Deployable) -> ExportedProgram:
     rewrite_(module)
     pin_ranges_(module)
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name in [n for n, _ in (*module.named_parameters(), *module.named_buffers())]:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        owner, _, last = name.rpartition(".")
         if name not in read:
-            owner, _, last = name.rpartition(".")
             delattr(module.get_submodule(owner), last)
+        elif not tensor.is_contiguous():
+            delattr(module.get_submodule(owner), last)
+            module.get_submodule(owner).register_buffer(last, tensor.detach().contiguous())
     module.recompile()
+    inputs = torch.utils._pytree.tree_map_only(
+        Tensor, lambda x: x.contiguous(), deployable.example_inputs
+    )  # XNNPACK has its own way with images whose channels come last in memory
     with torch.no_grad():
-        return torch.export.export(module, deployable.example_inputs, strict=False)
+        return torch.export.export(module, inputs, strict=False)
 
 
 def compare_shapes(data: bytes, deployable: Deployable) -> None:
@@ -74,7 +80,14 @@ def compare_shapes(data: bytes, deployable: Deployable) -> None:
     """
     leaves = torch.utils._pytree.tree_leaves(deployable.example_inputs)
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    found = [tuple(out.shape) for out in runtime.Loaded(data, "this model")(*inputs)]
+    program = runtime.Loaded(data, "this model")
+    try:
+        with runtime.listening() as said:
+            found = [tuple(out.shape) for out in program(*inputs)]
+    except ExportError as error:
+        raise ExportError(
+            f"ExecuTorch does not run this model: {runtime.reason(error, said)}; {_WAY_OUT}"
+        ) from error
     (outputs,) = deployable.program.graph_module.graph.output_node().args
     assert isinstance(outputs, list | tuple)
     values = [node.meta["val"] for node in outputs if isinstance(node, torch.fx.Node)]

@@ -146,15 +146,26 @@ def keep_pooled_dimensions_(module: GraphModule) -> None:
 def pad_integers_(module: GraphModule) -> None:
     """Leave out the rounding of what was only padded with zeros, for XNNPACK to pad integers.
 
-    The partitioner takes such a padding together with the convolution behind it.
+    The partitioner takes such a padding together with the convolution behind it. Behind any other
+    that reads what was rounded, ExecuTorch gives integers to whoever reads it, in float or not,
+    unless it is rounded once more, which changes nothing.
     """
     for node in [*module.graph.nodes]:
-        rounding, source = only_reader(node), node.args[0] if node.args else None
-        if not _pads_with_zeros(node) or rounding is None or not isinstance(source, Node):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, Node) or source.target is not DEQUANTIZE:
             continue
-        if (rounding.target, source.target) != (QUANTIZE, DEQUANTIZE):
+        if not _pads_with_zeros(node):
             continue
-        if source.args[1:] != rounding.args[1:]:
+        grid, rounding = source.args[1:], only_reader(node)
+        if rounding is None or rounding.target is not QUANTIZE:
+            with module.graph.inserting_after(node):
+                there = module.graph.call_function(QUANTIZE, (node, *grid))
+            with module.graph.inserting_after(there):
+                back = module.graph.call_function(DEQUANTIZE, (there, *grid))
+            node.replace_all_uses_with(back, delete_user_cb=lambda user, own=there: user is not own)
+            back.meta = dict(node.meta)
+            rounding = there
+        if rounding.args[1:] != grid:
             continue
         for back in [*rounding.users]:
             for reader in [*back.users]:
