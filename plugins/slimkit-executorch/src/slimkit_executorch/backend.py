@@ -11,7 +11,7 @@ from slimkit.errors import ExportError, UnavailableError
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 from slimkit.trial import Trial
 from slimkit_executorch import inspection, lowering
-from slimkit_executorch.runtime import Loaded
+from slimkit_executorch.runtime import Loaded, bindings
 
 FILE = "model.pte"
 
@@ -74,6 +74,7 @@ class ExecuTorch(Backend):
         ExecuTorch has one pool of threads a process. Where programs with several numbers of them
         run by turns, the pool is replaced and the program is loaded again at each turn.
         """
+        bindings()  # also where there is no file: what it costs is the runtime's, not the file's
         return Loaded(_read(directory), FILE, threads)
 
     def operators(self, directory: Path) -> dict[str, int]:
