@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 DEMO := .venv
 TEST := .venv-test
+EXECUTORCH := .venv-executorch
+LITERT := .venv-litert
 ZOO := torchvision==0.28.0 timm==1.0.31 huggingface_hub==2.4.0
 ZOO_PATH := $(TEST)/zoo:../shared/tools
 
@@ -26,11 +28,16 @@ $(TEST)/.ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 
 # LiteRT's converter asks for versions that slimkit's own dependencies do not allow: an environment
 # of its own, and what the converter imports by name.
-LITERT := .venv-litert
 $(LITERT)/.ready: pyproject.toml constraints.txt plugins/slimkit-litert/pyproject.toml plugins/slimkit-litert/converter.txt
 	$(PYTHON) -m venv $(LITERT)
 	$(LITERT)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --editable plugins/slimkit-litert pytest pytest-timeout
 	$(LITERT)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement plugins/slimkit-litert/converter.txt
+	@touch $@
+
+# ExecuTorch lies apart: it brings the converters of a dozen other backends along.
+$(EXECUTORCH)/.ready: pyproject.toml constraints.txt plugins/slimkit-executorch/pyproject.toml
+	$(PYTHON) -m venv $(EXECUTORCH)
+	$(EXECUTORCH)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable plugins/slimkit-executorch
 	@touch $@
 
 demo: $(DEMO)/.ready  ## prune, distil, quantize, export and prove, on real data, in 3 minutes
@@ -39,9 +46,10 @@ demo: $(DEMO)/.ready  ## prune, distil, quantize, export and prove, on real data
 test: lint  ## all checks of CI
 	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-slow: $(TEST)/.ready $(LITERT)/.ready  ## tests that take minutes
+test-slow: $(TEST)/.ready $(LITERT)/.ready $(EXECUTORCH)/.ready  ## tests that take minutes
 	$(TEST)/bin/python -m pytest -m slow
 	$(LITERT)/bin/python -m pytest plugins/slimkit-litert/tests
+	$(EXECUTORCH)/bin/python -m pytest plugins/slimkit-executorch/tests
 
 test-alone: $(TEST)/.ready  ## the core without any plugin, and each plugin without the others
 	SLIMKIT_PLUGINS= OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 tests/testing/test_conformance.py tests/test_registry.py tests/test_cli.py
@@ -78,4 +86,4 @@ bench: $(TEST)/.ready  ## all of benchmarks/, hours; SLIMKIT_DATA names the data
 	$(TEST)/bin/slimkit run benchmarks/cifar10/recipe.yaml --output runs/cifar10
 
 clean:  ## remove environments and caches, keep runs/
-	rm -rf $(DEMO) $(TEST) $(LITERT) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(DEMO) $(TEST) $(LITERT) $(EXECUTORCH) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,114 @@
+"""Small networks of what XNNPACK has for integers, for floats only, and not at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(*shape: int) -> Tensor:
+    """Images from -1 to 1, all of them half-way between two integers of their grid."""
+    values = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+    return values / 127.5 - 1
+
+
+class Mixed(nn.Module):
+    """Residuals, concatenation, pooling of both kinds, a depthwise layer, ReLU6 and hard-swish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.point, self.side = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1)
+        self.both, self.gate = nn.Conv2d(24, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 24, 24) -> (n, 10)
+        x = functional.relu(self.norm(self.stem(x)))
+        x = functional.relu(x + self.point(functional.relu6(self.deep(x))))
+        x = functional.max_pool2d(x, 2)
+        x = functional.hardswish(self.both(torch.cat([x, functional.relu(self.side(x))], 1)))
+        x = functional.avg_pool2d(x, 2)
+        x = x * torch.sigmoid(self.gate(functional.adaptive_avg_pool2d(x, 1)))
+        return self.head(x.mean((2, 3)))
+
+
+class Padded(nn.Module):
+    """Pads on two sides only, as TensorFlow does, and for a function of floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 16, 3, 2), nn.Conv2d(16, 16, 3, 2, groups=16)
+        self.wide, self.head = nn.Conv2d(16, 32, 1), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, 10)
+        x = functional.relu6(self.stem(functional.pad(x, (0, 1, 0, 1))))
+        x = functional.relu6(self.deep(functional.pad(x, (0, 1, 0, 1))))
+        x = functional.relu6(self.wide(x))
+        return self.head(functional.silu(functional.pad(x, (1, 0, 1, 0))).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 12, 32) -> the same
+        qkv = self.qkv(self.norm(x)).reshape(-1, 12, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        weights = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1)
+        return x + self.out((weights @ v).transpose(1, 2).reshape(-1, 12, 32))
+
+
+class Shuffle(nn.Module):
+    """Takes channels apart and together again, and convolves over one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.c, self.line = nn.Conv2d(16, 16, 3, 2), nn.Conv1d(16, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 16, 12, 12) -> (n, 16)
+        x = functional.relu(self.a(x))
+        x = torch.cat([x, functional.relu(self.b(x))], 1)
+        x = x.view(-1, 2, 16, 12, 12).transpose(1, 2).reshape(-1, 32, 12, 12)
+        left, right = x.chunk(2, 1)
+        return functional.relu(self.line((self.c(left)).flatten(2))).mean(2) + right.mean((2, 3))
+
+
+class Leaves(nn.Module):
+    """Ends in layers of four kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.whole = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 3)
+        self.deep, self.grouped = nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 3, groups=2)
+        self.line = nn.Conv1d(16, 8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (n, 16, 12, 12)
+        x = functional.relu(self.stem(x))
+        return self.whole(x), self.deep(x), self.grouped(x), self.line(x.flatten(2))
+
+
+class Two(nn.Module):
+    """Takes two inputs, gives named outputs of several types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 16), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        a, b = self.left(x), self.right(y)
+        return {"sum": a + b, "larger": a > b, "best": a.argmax(-1), "first": a}
+
+
+class Unknown(nn.Module):
+    """Asks for two operations that ExecuTorch has no kernel for."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 3)
+        return torch.linalg.cholesky_ex(x)[0] + torch.special.i0e(x)

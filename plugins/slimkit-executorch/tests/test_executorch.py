@@ -1,0 +1,368 @@
+"""Files of the executorch backend compute what torch and the simulation compute, on integers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from executorch_nets import Attention, Leaves, Mixed, Padded, Shuffle, Two, Unknown, normal, pixels
+from torch import Tensor, nn
+
+import slimkit
+from slimkit.deploy.agreement import compare
+from slimkit.errors import ExportError
+from slimkit.interfaces import Deployable, tensors_of
+from slimkit.quantization.exact import exact
+from slimkit.quantization.finished import finish
+
+pytest.importorskip("executorch", reason="needs executorch: `make test-slow` has an environment")
+backend = pytest.importorskip("slimkit_executorch.backend")
+ExecuTorch = backend.ExecuTorch
+
+
+@dataclass
+class Case:
+    """A network, what it was quantized to, and the folder of its compiled file."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    deployable: Deployable
+    directory: Path
+
+    def operators(self) -> dict[str, int]:
+        return ExecuTorch().operators(self.directory)
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """All outputs of the file for all samples."""
+        run = ExecuTorch().load(self.directory)
+        found = [run(*(x[n : n + 1] for x in self.inputs)) for n in range(len(self.inputs[0]))]
+        return [torch.cat(column) for column in zip(*found, strict=True)]
+
+    @torch.no_grad()
+    def expected(self) -> list[Tensor]:
+        """The same of the float model or the simulation."""
+        return tensors_of(self.model(*self.inputs))
+
+    @torch.no_grad()
+    def exact(self) -> list[Tensor]:
+        """The same of the float model or the simulation on integers."""
+        model = exact(self.model, tuple(x[:1] for x in self.inputs))
+        return tensors_of(model(*self.inputs))
+
+
+def case(net: nn.Module, *inputs: Tensor, directory: Path, quantized: bool = True) -> Case:
+    net = net.eval()
+    if quantized:
+        net = slimkit.quantize(net, [inputs], backend=ExecuTorch(), activations="minmax").eval()
+    deployable = finish(net, tuple(x[:1] for x in inputs))
+    directory.mkdir(exist_ok=True)
+    ExecuTorch().compile(deployable, directory)
+    return Case(net, inputs, deployable, directory)
+
+
+NETS = {
+    "mixed": (Mixed, normal(16, 3, 24, 24)),
+    "padded": (Padded, pixels(16, 3, 32, 32)),
+    "attention": (Attention, normal(8, 12, 32)),
+    "shuffle": (Shuffle, normal(8, 16, 12, 12)),
+    "leaves": (Leaves, normal(8, 16, 12, 12)),
+}
+
+
+@pytest.fixture(scope="module", params=NETS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Each network quantized and compiled, once."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("int8")
+    return {name: case(net(), x, directory=folder / name) for name, (net, x) in NETS.items()}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Each network compiled in float, once."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("float")
+    return {
+        name: case(net(), x, directory=folder / name, quantized=False)
+        for name, (net, x) in NETS.items()
+    }
+
+
+def test_a_float_file_computes_what_torch_computes(dense: dict[str, Case], name: str) -> None:
+    for found, expected in zip(dense[name].outputs(), dense[name].expected(), strict=True):
+        tolerance = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    assert not any("int8" in operator for operator in dense[name].operators())
+
+
+def test_an_int8_file_computes_what_the_simulation_computes(
+    int8: dict[str, Case], name: str
+) -> None:
+    agreement = compare(int8[name].expected(), int8[name].outputs())
+    assert min(agreement.sqnr_db) >= 35
+    assert agreement.close >= 0.995
+
+
+def test_integers_equal_those_of_the_exact_simulation(int8: dict[str, Case], name: str) -> None:
+    """Only the last scaling to float may round otherwise, and nothing by an integer step."""
+    assert min(compare(int8[name].exact(), int8[name].outputs()).sqnr_db) >= 100
+
+
+def test_layers_sums_products_and_concatenations_compute_on_integers(
+    int8: dict[str, Case],
+) -> None:
+    found = int8["mixed"].operators()
+    assert found["Convolution int8"] == 5
+    assert found["ConvolutionDepthWise int8"] == found["InnerProduct int8"] == 1
+    assert found["Add int8"] == found["Mul int8"] == found["Concat int8"] == 1
+    assert found["MaxPool int8"] == 1
+    assert found["ReduceMean int8"] == 2
+    assert not {"Convolution", "ConvolutionDepthWise", "InnerProduct", "Add", "Clamp"} & set(found)
+
+
+def test_operators_that_compute_in_float_are_named(int8: dict[str, Case]) -> None:
+    assert {"HardSwish", "AveragePool", "Sigmoid", "Quantize", "Dequantize"} <= set(
+        int8["mixed"].operators()
+    )
+    assert "native_layer_norm" in int8["attention"].operators()
+
+
+def test_last_layers_give_float_from_integers_where_xnnpack_can(int8: dict[str, Case]) -> None:
+    found = int8["leaves"].operators()
+    assert found["Convolution int8"] == 2  # the first, and one of the four last
+    assert found["ConvolutionDepthWise"] == 1
+    assert found["Convolution"] == 2  # grouped, and of one dimension behind a reshape
+
+
+def test_paddings_and_moves_stay_integers(int8: dict[str, Case]) -> None:
+    assert int8["padded"].operators()["Pad int8"] == 2
+    found = int8["shuffle"].operators()
+    assert found["Concat int8"] == 1
+    assert found["Slice int8"] == 2
+    assert not {"Slice", "Concat"} & set(found)
+
+
+def test_pixels_half_way_between_integers_go_where_the_simulation_sends_them(
+    tmp_path: Path,
+) -> None:
+    """Read through the identity: any other rounding of the input would be a whole step."""
+    layer = nn.Conv2d(3, 3, 1, bias=False)
+    layer.weight.data = torch.eye(3).view(3, 3, 1, 1)
+    made = case(layer, pixels(2, 3, 64, 64), directory=tmp_path)
+    step = made.model.fake["input0"].qparams()[0].item()
+    (found,), (expected,) = made.outputs(), made.expected()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * step)
+
+
+@torch.no_grad()
+def test_inputs_beyond_the_range_are_clipped_in_layers_that_give_float(tmp_path: Path) -> None:
+    """Such a layer finds its input's range as it runs; it must find the simulation's."""
+    x = normal(4, 16)
+    made = case(nn.Linear(16, 5), x, directory=tmp_path)
+    far = torch.cat([100 * x[:1], 0.01 * x[:1], -x[:1].abs()])
+    run = ExecuTorch().load(tmp_path)
+    found = torch.cat([run(row[None])[0] for row in far])
+    assert min(compare([made.model(far)], [found]).sqnr_db) >= 100
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_several_inputs_and_named_outputs_keep_their_order_and_types(
+    quantized: bool, tmp_path: Path
+) -> None:
+    made = case(Two(), normal(4, 8), normal(4, 8, seed=1), directory=tmp_path, quantized=quantized)
+    found = made.outputs()
+    assert [t.dtype for t in found] == [torch.float32, torch.bool, torch.int64, torch.float32]
+    torch.testing.assert_close(found, made.exact(), rtol=0, atol=1e-5)
+
+
+def test_integer_weights_take_a_quarter_of_the_space(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)), normal(4, 256)
+    small = case(net, x, directory=tmp_path / "int8").directory / backend.FILE
+    large = case(net, x, directory=tmp_path / "float", quantized=False).directory / backend.FILE
+    assert small.stat().st_size < 0.3 * large.stat().st_size
+    integers = net[0].weight.detach()
+    scale = integers.abs().amax(1, keepdim=True) / 127
+    row = (integers / scale).round().to(torch.int8)[7].numpy().tobytes()
+    assert row in small.read_bytes()
+    assert row not in large.read_bytes()
+
+
+def test_programs_on_other_numbers_of_threads_run_by_turns(int8: dict[str, Case]) -> None:
+    made = int8["mixed"]
+    one, two = (ExecuTorch().load(made.directory, threads=n) for n in (1, 2))
+    expected = one(made.inputs[0][:1])[0]
+    library = sys.modules["executorch.extension.pybindings.portable_lib"]
+    for run, threads in ((two, 2), (one, 1), (two, 2)):
+        assert torch.equal(run(made.inputs[0][:1])[0], expected)
+        assert library._threadpool_get_thread_count() == threads
+
+
+def test_a_thread_of_the_pool_is_a_thread_of_the_process(int8: dict[str, Case]) -> None:
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("the system does not list threads")
+    made, counts = int8["mixed"], []
+    for threads in (1, 3):
+        ExecuTorch().load(made.directory, threads=threads)(made.inputs[0][:1])
+        counts.append(len([*Path("/proc/self/task").iterdir()]))
+    assert counts[1] - counts[0] == 2
+
+
+def test_two_artifacts_run_side_by_side_when_their_folders_are_gone(
+    int8: dict[str, Case], dense: dict[str, Case], tmp_path: Path
+) -> None:
+    both = int8["mixed"], dense["mixed"]
+    for number, made in enumerate(both):
+        shutil.copytree(made.directory, tmp_path / str(number))
+    runs = [ExecuTorch().load(tmp_path / str(number)) for number in range(2)]
+    x = normal(1, 3, 24, 24, seed=5)
+    alone = [ExecuTorch().load(made.directory)(x)[0] for made in both]
+    shutil.rmtree(tmp_path)
+    for _ in range(2):
+        for run, expected in zip(runs, alone, strict=True):
+            assert torch.equal(run(x)[0], expected)
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_outputs_of_one_run_are_not_overwritten_by_the_next(int8: dict[str, Case]) -> None:
+    run = ExecuTorch().load(int8["mixed"].directory)
+    first = run(normal(1, 3, 24, 24))[0]
+    kept = first.clone()
+    run(normal(1, 3, 24, 24, seed=1))
+    assert torch.equal(first, kept)
+
+
+ALONE = """
+import sys
+import numpy as np
+import torch
+from executorch.runtime import Runtime
+file, data = sys.argv[1:]
+method = Runtime.get().load_program(file).load_method("forward")
+x = torch.from_numpy(np.load(data + "/in.npy"))
+np.save(data + "/out.npy", method.execute([x])[0].numpy())
+assert not {"slimkit", "slimkit_executorch"} & set(sys.modules)
+"""
+
+
+def test_the_file_runs_in_a_process_without_slimkit(int8: dict[str, Case], tmp_path: Path) -> None:
+    made = int8["mixed"]
+    np.save(tmp_path / "in.npy", made.inputs[0][:1].numpy())
+    file = made.directory / backend.FILE
+    subprocess.run([sys.executable, "-c", ALONE, file, tmp_path], check=True, cwd=tmp_path)
+    out = torch.from_numpy(np.load(tmp_path / "out.npy"))
+    torch.testing.assert_close(out, made.outputs()[0][:1], rtol=0, atol=0)
+
+
+def test_the_same_model_gives_the_same_file(int8: dict[str, Case], tmp_path: Path) -> None:
+    made = int8["padded"]
+    ExecuTorch().compile(made.deployable, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [backend.FILE]
+    assert (tmp_path / backend.FILE).read_bytes() == (made.directory / backend.FILE).read_bytes()
+
+
+def test_the_profile_names_the_operators(int8: dict[str, Case]) -> None:
+    made = int8["mixed"]
+    times = ExecuTorch().profile(made.directory, (made.inputs[0][:1],))
+    assert times.keys() == made.operators().keys()
+    assert times["Convolution int8"] > 0
+
+
+def test_slimkit_finds_exports_and_measures_it(tmp_path: Path) -> None:
+    net, data = Padded().eval(), [pixels(8, 3, 32, 32)]
+    small = slimkit.quantize(net, data, backend="executorch")
+    artifact = slimkit.export(
+        small, data[0], "executorch", directory=tmp_path / "artifact", data=data
+    )
+    assert artifact.agreement >= 0.995
+    assert artifact.row.operators["Convolution int8"] == 2
+    assert artifact.run(data[0]).shape == (8, 10)
+
+
+WITHOUT = """
+import sys
+sys.modules["executorch"] = None  # importing it fails
+from slimkit_executorch.backend import ExecuTorch
+from slimkit.errors import UnavailableError
+try:
+    ExecuTorch().check(None)
+except UnavailableError as error:
+    print(error)
+"""
+
+
+def test_missing_package_is_named() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert done.stdout.startswith("the executorch backend needs executorch.exir: pip install")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"model\.pte is missing: export again"):
+        ExecuTorch().load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5])
+def test_damaged_file_is_one_clear_error(
+    int8: dict[str, Case], keep: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = (int8["mixed"].directory / backend.FILE).read_bytes()
+    size = int(keep * len(whole)) if isinstance(keep, float) else keep
+    (tmp_path / backend.FILE).write_bytes(whole[:size])
+    with pytest.raises(ExportError, match=r"ExecuTorch cannot load model\.pte: \w"):
+        ExecuTorch().load(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_images_may_lie_with_channels_last_in_memory(tmp_path: Path) -> None:
+    """The example, the weights and what the file is run on; slices run in portable kernels."""
+
+    class Halved(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x[:, :, ::2, ::2] * 2
+
+    x = normal(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    net = Halved(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    made = case(net.to(memory_format=torch.channels_last), x, directory=tmp_path)
+    assert min(compare(made.exact(), made.outputs()).sqnr_db) >= 100
+
+
+def test_inputs_that_do_not_fit_are_refused(int8: dict[str, Case]) -> None:
+    run = ExecuTorch().load(int8["mixed"].directory)
+    x = normal(1, 3, 24, 24)
+    with pytest.raises(ExportError, match="takes 1 inputs, 2 were given"):
+        run(x, x)
+    with pytest.raises(ExportError, match=r"of shape \(1, 3, 24, 24\), .* \(1, 4, 24, 24\) was"):
+        run(normal(1, 4, 24, 24))
+    with pytest.raises(ExportError, match=r"is torch.float32 .* torch.float64"):
+        run(x.double())
+
+
+def test_what_stands_in_the_way_is_said_in_a_sentence(int8: dict[str, Case]) -> None:
+    (problem,) = ExecuTorch().check(finish(Unknown(), (torch.eye(3)[None],)))
+    assert "cholesky" in problem
+    assert "i0e" in problem
+    assert ExecuTorch().check(int8["padded"].deployable) == []
+
+
+def test_nothing_is_printed(
+    int8: dict[str, Case], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = int8["padded"]
+    ExecuTorch().compile(made.deployable, tmp_path)
+    for threads in (1, 2):
+        ExecuTorch().load(tmp_path, threads)(made.inputs[0][:1])
+    ExecuTorch().operators(tmp_path)
+    ExecuTorch().profile(tmp_path, (made.inputs[0][:1],))
+    assert capfd.readouterr() == ("", "")
