@@ -16,7 +16,8 @@ $(DEMO)/.ready: pyproject.toml constraints.txt
 	$(DEMO)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
-PLUGINS := $(addprefix plugins/slimkit-,aoti octav openvino remote ria skd tensorrt)
+PLUGINS := plugins/slimkit-aoti plugins/slimkit-octav plugins/slimkit-openvino plugins/slimkit-remote \
+	plugins/slimkit-ria plugins/slimkit-skd plugins/slimkit-tensorrt
 
 # torchvision and timm lie apart, for tests that run architectures in a process of their own: beside
 # a CPU build of torch, torchvision does not import, and torchmetrics imports it where it finds it.

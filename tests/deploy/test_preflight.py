@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,64 @@ def test_nothing_changes_in_the_model() -> None:
     preflight(model, IMAGE, backends("onnxruntime"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model.training
+
+
+PROJECT = """
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(288, 4)
+    )
+
+
+class Fourier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return torch.fft.rfft(self.net(x)).abs()
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([(torch.ones(3, 8, 8), i % 4) for i in range(8)], 4)
+
+    val_dataloader = train_dataloader
+"""
+RECIPE = """
+model: project_of_targets:{model}
+data: project_of_targets:Data
+task: classification
+quantize: {{}}
+export: [onnxruntime, ncnn]
+"""
+
+
+@pytest.mark.parametrize(("model", "code"), [("net", 0), ("Fourier", 2)])
+def test_the_command_asks_every_backend_and_trains_nothing(
+    model: str, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "project_of_targets.py").write_text(PROJECT)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=model))
+    command = [sys.executable, "-m", "slimkit", "check", "recipe.yaml", "--targets", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    found = json.loads(done.stdout)["targets"]
+    assert [(f["backend"], f["kind"]) for f in found] == [
+        ("onnxruntime", "float"),
+        ("onnxruntime", "int8"),
+        ("ncnn", "float"),
+        ("ncnn", "int8"),
+    ]
+    assert any("group_norm" in line for line in found[1]["in_float"])
+    assert [bool(f["problems"]) for f in found] == [False, False, code == 2, code == 2]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == [
+        "project_of_targets.py",
+        "recipe.yaml",
+    ]

@@ -9,8 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ALIAS = "slimkit-loopback"
 """What the ssh configuration of the tests calls it."""
@@ -120,3 +123,15 @@ def _descendants(pid: int) -> list[int]:
         fresh = [child for child, parent in pairs if parent in fresh]
         found += fresh
     return found
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    """One server for the tests of a file."""
+    if reason := missing():
+        pytest.skip(reason)
+    loopback = Loopback(tmp_path_factory.mktemp("sshd"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{loopback.alias()}:{os.environ['PATH']}")
+        yield loopback
+    loopback.close()

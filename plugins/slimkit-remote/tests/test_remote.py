@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback import Loopback, program
+from loopback import Loopback, program, server
 from slimkit_remote.backend import Remote
 from torch import Tensor, nn
 

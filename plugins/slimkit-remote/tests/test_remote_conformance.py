@@ -1,7 +1,7 @@
 import sys
 
 import pytest
-from loopback import ALIAS
+from loopback import ALIAS, server
 
 from slimkit.testing import conformance
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from loopback import Loopback, program
+from loopback import Loopback, program, server
 from slimkit_remote.backend import Remote
 from torch import nn
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from loopback import Loopback
+from loopback import Loopback, server
 
 from slimkit.importing import backend_named
 from slimkit.recipe import PluginRef, Quantize
