@@ -23,10 +23,10 @@ def straighten_(graph: Graph) -> None:
     changed = True
     while changed:
         graph.drop_unread()
-        changed = any(
-            _merged(graph, operator) or _averaged(graph, operator) or _sunk(graph, operator)
-            for operator in list(graph.operators)
-        )
+        changed = False
+        for operator in list(graph.operators):
+            for rewrite in (_merged, _averaged, _sunk):
+                changed = rewrite(graph, operator) or changed
     for operator in list(graph.operators):
         _raise_over_padding(graph, operator)
     for operator in graph.operators:
