@@ -117,14 +117,13 @@ def _integers(
 def _in_float(traced: Trace, simulated: QuantizedModel, scheme: Scheme) -> list[str]:
     """One sentence for each operation and reason, the most frequent first."""
     sites = simulated.fake.sites
-    rounded = {*sites.inputs, *sites.outputs, *sites.weights, *sites.inner}
     found: dict[tuple[str, str], list[Call]] = {}
     for call in traced.calls:
         known = call.op in scheme.operations | scheme.steps
         silent = call.op in _MOVES | scheme.keeps | scheme.fuses | {"batch_norm"}
         if call.name in sites.skipped:
             reason = sites.skipped[call.name]
-        elif known or silent or call.name in rounded or not call.inputs:
+        elif known or silent or not call.inputs:
             continue
         else:
             reason = "not among what it computes in integers"
