@@ -127,7 +127,10 @@ def peer() -> nn.Module:
 
 
 def _chosen(wanted: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
-    """Those whose first word is among --losses."""
+    """Those named by --variants, or whose first word is among --losses."""
+    if given.variants:
+        named = given.variants.split(";")
+        return {n: section for n, section in wanted.items() if n in named}
     names = given.losses.split(",") if given.losses else None
     first = {name: name.replace(",", " ").split()[0] for name in wanted}
     return {n: section for n, section in wanted.items() if names is None or first[n] in names}
@@ -248,6 +251,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and rows")
     parser.add_argument("--tables", default="pruned,taught")
     parser.add_argument("--losses", help="such as kl,hint; left out: all")
+    parser.add_argument("--variants", help="rows, such as kl;kl + hint; left out: all of --losses")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--dense-epochs", type=int, default=14)

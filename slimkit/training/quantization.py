@@ -136,7 +136,7 @@ class QuantizationCallback(pl.Callback):
                 rounded = tensors_of(network(*inputs))
         ratio = min(compare(plain, rounded).sqnr_db, default=math.inf)
         if math.isfinite(ratio):
-            module.log("slimkit/sqnr_db", ratio)
+            module.log("slimkit/sqnr_db", ratio, rank_zero_only=True)
 
     def _begin(self, trainer: pl.Trainer, fake: FakeQuantization) -> None:
         """Round from here on."""
