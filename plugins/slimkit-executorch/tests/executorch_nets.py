@@ -95,6 +95,23 @@ class Leaves(nn.Module):
         return self.whole(x), self.deep(x), self.grouped(x), self.line(x.flatten(2))
 
 
+class Functions(nn.Module):
+    """Functions of rounded values, of two tensors, and one that XNNPACK lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.c, self.up = nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 8, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 8, 8, 8) -> (n, 8, 16, 16)
+        x = self.b(functional.hardswish(self.a(x)))
+        x = self.c(functional.gelu(x)) + functional.elu(x)
+        x = torch.tanh(self.up(functional.leaky_relu(x)))
+        x = functional.silu(x) / (1 + x.abs()) - functional.hardswish(x)
+        x = functional.interpolate(functional.avg_pool2d(x, 2), scale_factor=2.0, mode="bilinear")
+        return functional.softmax(x.exp().sqrt(), -1)
+
+
 class Two(nn.Module):
     """Takes two inputs, gives named outputs of several types."""
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from executorch_nets import Attention, Leaves, Mixed, Padded, Shuffle, Two, Unknown, normal, pixels
+from executorch_nets import (
+    Attention,
+    Functions,
+    Leaves,
+    Mixed,
+    Padded,
+    Shuffle,
+    Two,
+    Unknown,
+    normal,
+    pixels,
+)
 from torch import Tensor, nn
 
 import slimkit
@@ -23,7 +35,8 @@ from slimkit.quantization.finished import finish
 
 pytest.importorskip("executorch", reason="needs executorch: `make test-slow` has an environment")
 backend = pytest.importorskip("slimkit_executorch.backend")
-ExecuTorch = backend.ExecuTorch
+inspection = pytest.importorskip("slimkit_executorch.inspection")
+ExecuTorch, Loaded = backend.ExecuTorch, inspection.Loaded
 
 
 @dataclass
@@ -73,6 +86,7 @@ NETS = {
     "attention": (Attention, normal(8, 12, 32)),
     "shuffle": (Shuffle, normal(8, 16, 12, 12)),
     "leaves": (Leaves, normal(8, 16, 12, 12)),
+    "functions": (Functions, normal(8, 8, 8, 8)),
 }
 
 
@@ -132,11 +146,33 @@ def test_layers_sums_products_and_concatenations_compute_on_integers(
     assert not {"Convolution", "ConvolutionDepthWise", "InnerProduct", "Add", "Clamp"} & set(found)
 
 
+def test_a_function_between_two_roundings_is_a_table_of_bytes(int8: dict[str, Case]) -> None:
+    assert int8["mixed"].operators()["Sigmoid int8"] == 1
+    assert int8["functions"].operators()["HardSwish int8"] == 1
+    assert int8["functions"].operators()["Gelu int8"] == 1
+
+
 def test_operators_that_compute_in_float_are_named(int8: dict[str, Case]) -> None:
-    assert {"HardSwish", "AveragePool", "Sigmoid", "Quantize", "Dequantize"} <= set(
-        int8["mixed"].operators()
-    )
+    assert {"AveragePool", "Quantize", "Dequantize"} <= set(int8["mixed"].operators())
+    assert {"Tanh", "Exp", "Sqrt", "Div", "Mul"} <= set(int8["functions"].operators())
     assert "native_layer_norm" in int8["attention"].operators()
+
+
+@pytest.mark.parametrize("kind", ["int8", "dense"])
+def test_operators_are_those_that_the_runtime_traces(
+    kind: str, name: str, request: pytest.FixtureRequest
+) -> None:
+    """But for a clamp behind a sum, the copies of one concatenation, and what XNNPACK merges."""
+    made = request.getfixturevalue(kind)[name]
+    data = (made.directory / backend.FILE).read_bytes()
+    steps = inspection.steps(data, backend.FILE)
+    program = Loaded(data, backend.FILE, traced=True)
+    program(*(x[:1] for x in made.inputs))
+    listed = Counter((step.instruction, step.label) for step in steps)
+    (events,) = inspection.traced(program)
+    found = Counter((event.instruction, event.label) for event in events)
+    assert {label for _, label in listed - found} <= {"Static Reshape", "Constant Pad"}
+    assert {label for _, label in found - listed} <= {"Clamp", "Copy"}
 
 
 def test_last_layers_give_float_from_integers_where_xnnpack_can(int8: dict[str, Case]) -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from slimkit.errors import ExportError
 from slimkit.silence import silenced
+from slimkit_executorch.delegate import XnnGraph, graph_of
 from slimkit_executorch.runtime import Loaded, bindings, part
 
 _WARM_UP, _PROFILED = 5, 20  # runs
-_INFINITE = re.compile(r"\binf\b")  # a bound that there is not, which JSON has another word for
+_KERNEL = "native_call_"  # begins the label of a portable kernel
 
 _NODES = {
     "Conv2d": ("Convolution", "Convolution"),
@@ -30,7 +27,11 @@ _NODES = {
     "BatchMatrixMultiply": ("MatMul", "Batch Matrix Multiply"),
     "Multiply": ("Mul", "Multiply"),
     "Subtract": ("Sub", "Subtract"),
-    "Divide": ("Div", "Divide"),
+    "Div": ("Div", "Divide"),
+    "Gelu": ("Gelu", "GELU"),
+    "Tanh": ("Tanh", "TanH"),
+    "SquareRoot": ("Sqrt", "Square Root"),
+    "ReciprocalSquareRoot": ("Rsqrt", "Reciprocal Square Root"),
     "Hardswish": ("HardSwish", "HardSwish"),
     "AvgPooling2d": ("AveragePool", "Average Pooling"),
     "GlobalAvgPooling2d": ("ReduceMean", "Mean"),
@@ -42,7 +43,10 @@ _NODES = {
     "StaticTranspose": ("Transpose", "Transpose"),
     **{f"Concatenate{n}": ("Concat", "Copy") for n in range(2, 6)},
 }
-"""Node of an XNNPACK graph -> what it is called here, and what XNNPACK's profiler calls it."""
+"""Node of an XNNPACK graph -> what it is called here, and how XNNPACK's profiler begins its name.
+
+To the profiler a table of bytes is an ``Invalid Unary Op``.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,12 @@ class Step:
 
     Args:
         name: what it is called here; ``int8`` behind where it computes on integers.
-        traced: how its name in a trace begins.
+        label: how the tracer calls it, without types and numbers.
         instruction: the number of the program's instruction that it belongs to.
     """
 
     name: str
-    traced: str
+    label: str
     instruction: int
 
 
@@ -88,10 +92,10 @@ def _steps(plan: Any, blobs: Sequence[Any]) -> Iterator[Step]:
         call = instruction.instr_args
         if hasattr(call, "op_index"):
             operator = plan.operators[call.op_index]
-            yield Step(_kernel(operator.name), "native_call_", number)
+            yield Step(_kernel(operator.name), _KERNEL, number)
         elif hasattr(call, "delegate_index"):
             blob = blobs[plan.delegates[call.delegate_index].processed.index].data
-            yield from _nodes(_graph(bytes(blob)), number)
+            yield from _nodes(graph_of(bytes(blob)), number)
 
 
 def _kernel(name: str) -> str:
@@ -102,48 +106,24 @@ def _kernel(name: str) -> str:
     return plain
 
 
-def _nodes(graph: dict[str, Any], instruction: int) -> Iterator[Step]:
-    kinds = {}
-    for value in graph["xvalues"]:
-        tensor = value["xvalue_union"]
-        tensor = tensor.get("tensor_value", tensor)
-        kinds[tensor["id_out"]] = tensor["datatype"]
-    for node in graph["xnodes"]:
-        kind = node["xnode_union_type"].removeprefix("XNN").removeprefix("_XNN")
-        ends = node["xnode_union"]
-        first = next(ends[key] for key in ("input_id", "input1_id") if key in ends)
-        reads, gives = (_integer(kinds.get(n, "")) for n in (first, ends["output_id"]))
-        if kind == "Convert":
-            kept = "Requantize" if reads else "Convert"
-            yield Step(
-                kept if reads == gives else "Quantize" if gives else "Dequantize",
-                kind,
-                instruction,
-            )
-            continue
-        name, traced = _NODES.get(kind, (kind, kind))
-        yield Step(f"{name} int8" if reads else name, traced, instruction)
-
-
-def _integer(kind: str) -> bool:
-    return kind.endswith("int8")
-
-
-def _graph(blob: bytes) -> dict[str, Any]:
-    """The graph in a delegate's data, by the compiler of schemas that ExecuTorch brings along."""
-    serialize = part("backends.xnnpack.serialization.xnnpack_graph_serialize")
-    flatbuffer = part("exir._serialize._flatbuffer")
-    header = serialize.XNNHeader.from_bytes(blob[: serialize.XNNHeader.EXPECTED_LENGTH])
-    begin = header.flatbuffer_offset
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        schema = files("executorch.backends.xnnpack.serialization").joinpath("schema.fbs")
-        (folder / "schema.fbs").write_bytes(schema.read_bytes())
-        (folder / "graph.bin").write_bytes(blob[begin : begin + header.flatbuffer_size])
-        flatbuffer._flatc_decompile(name, str(folder / "schema.fbs"), str(folder / "graph.bin"))
-        text = (folder / "graph.json").read_text()
-        graph: dict[str, Any] = json.loads(_INFINITE.sub("Infinity", text))
-        return graph
+def _nodes(graph: XnnGraph, instruction: int) -> Iterator[Step]:
+    for nodes in graph.steps():
+        first, last = nodes[0], nodes[-1]
+        reads, gives = graph.is_integer(first.reads[0]), graph.is_integer(last.gives)
+        if len(nodes) > 1:
+            inner = [node.kind for node in nodes if node.kind != "Convert"]
+            name = _NODES.get(inner[-1], (inner[-1], ""))[0] if inner else "Requantize"
+            yield Step(f"{name} int8", "Invalid Unary Op", instruction)
+        elif graph.types[last.gives] == "qdint8" and any(
+            node.is_linear and last.gives in node.reads for node in graph.nodes
+        ):
+            continue  # the layer behind it rounds what it reads itself
+        elif first.kind == "Convert" and reads != gives:
+            yield Step("Quantize" if gives else "Dequantize", "Convert", instruction)
+        else:
+            name, label = _NODES.get(first.kind, (first.kind, first.kind))
+            label = "Fully Connected" if first.is_linear else label
+            yield Step(f"{name} int8" if reads else name, label, instruction)
 
 
 def counted(found: Sequence[Step]) -> dict[str, int]:
@@ -163,36 +143,61 @@ def timed(data: bytes, name: str, inputs: tuple[Tensor, ...]) -> dict[str, float
     program = Loaded(data, name, traced=True)
     for _ in range(_WARM_UP + _PROFILED):
         program(*inputs)
-    reader = part("devtools.etdump.serialize")
-    with silenced():
-        trace = reader.deserialize_from_etdump_flatcc(program.trace())
-    runs = [
-        _times([e.profile_event for e in run.events if e.profile_event], found)
-        for run in trace.run_data
-        if run.name == "Execute"
-    ][_WARM_UP:]
+    runs = [_times(events, found) for events in traced(program)[_WARM_UP:]]
     names = sorted({step.name for step in found})
     return {name: statistics.median(run[name] for run in runs) for name in names}
 
 
-def _times(events: Sequence[Any], found: Sequence[Step]) -> Counter[str]:
+@dataclass(frozen=True)
+class Event:
+    """What a trace says of one operator.
+
+    Args:
+        instruction: the number of the program's instruction that it belongs to.
+        label: how the tracer calls it, without types and numbers.
+        milliseconds: that it took.
+    """
+
+    instruction: int
+    label: str
+    milliseconds: float
+
+
+def traced(program: Loaded) -> list[list[Event]]:
+    """The operators of each run since a program was opened, in the order of their execution."""
+    reader = part("devtools.etdump.serialize")
+    with silenced():
+        trace = reader.deserialize_from_etdump_flatcc(program.trace())
+    runs = [run.events for run in trace.run_data if run.name == "Execute"]
+    return [[*_events(event.profile_event for event in events)] for events in runs]
+
+
+def _events(found: Iterable[Any]) -> Iterator[Event]:
+    for event in found:
+        within = event and event.delegate_debug_id_str
+        if within:
+            label = re.split(r" [(#]", within)[0]
+        elif event and (event.name or "").startswith(_KERNEL):
+            label = _KERNEL
+        else:
+            continue  # a whole run, or a call that holds others
+        yield Event(event.instruction_id, label, (event.end_time - event.start_time) / 1e6)
+
+
+def _times(events: Sequence[Event], found: Sequence[Step]) -> Counter[str]:
     """Milliseconds of one run by name.
 
-    Events come in the order of execution. One that begins no operator of the file (a clamp behind
-    an addition, a second copy of a concatenation) belongs to the operator in front of it.
+    An event that begins no operator of the file (a clamp behind a sum, a second copy of a
+    concatenation) belongs to the operator in front of it.
     """
     waiting: dict[tuple[int, str], list[str]] = {}
     for step in reversed(found):
-        waiting.setdefault((step.instruction, step.traced), []).append(step.name)
+        waiting.setdefault((step.instruction, step.label), []).append(step.name)
     times: Counter[str] = Counter()
     current = found[0].name if found else ""
     for event in events:
-        label = event.delegate_debug_id_str or event.name or ""
-        if not (event.delegate_debug_id_str or label.startswith("native_call_")):
-            continue  # the whole run, or a call that holds others
-        traced = "native_call_" if label.startswith("native_call_") else label.partition(" (")[0]
-        queue = waiting.get((event.instruction_id, traced), [])
+        queue = waiting.get((event.instruction, event.label), [])
         if queue:
             current = queue.pop()
-        times[current] += (event.end_time - event.start_time) / 1e6
+        times[current] += event.milliseconds  # type: ignore[assignment]  # a counter of floats
     return times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from slimkit.errors import ExportError
-from slimkit.interfaces import Deployable
+from slimkit.interfaces import Deployable, tensors_of
 from slimkit.silence import silenced
 from slimkit_executorch import runtime
 from slimkit_executorch.leaves import pin_ranges_
 from slimkit_executorch.rewrites import rewrite_
 
+_LEAST_DB = 10.0  # of signal to difference, where integers may be a step apart
 _WAY_OUT = "replace that operation in the model, or cut it off and compute it outside"
 
 
@@ -72,8 +74,8 @@ def prepared(deployable: Deployable) -> ExportedProgram:
         return torch.export.export(module, inputs, strict=False)
 
 
-def compare_shapes(data: bytes, deployable: Deployable) -> None:
-    """Run a file once on the example inputs, and refuse outputs of other shapes.
+def compare_outputs(data: bytes, deployable: Deployable) -> None:
+    """Run a file once on the example inputs, and refuse what is not the program's.
 
     Raises:
         ExportError: it cannot be loaded or run, or gives something else.
@@ -83,20 +85,37 @@ def compare_shapes(data: bytes, deployable: Deployable) -> None:
     program = runtime.Loaded(data, "this model")
     try:
         with runtime.listening() as said:
-            found = [tuple(out.shape) for out in program(*inputs)]
+            found = program(*inputs)
     except ExportError as error:
         raise ExportError(
             f"ExecuTorch does not run this model: {runtime.reason(error, said)}; {_WAY_OUT}"
         ) from error
-    (outputs,) = deployable.program.graph_module.graph.output_node().args
-    assert isinstance(outputs, list | tuple)
-    values = [node.meta["val"] for node in outputs if isinstance(node, torch.fx.Node)]
-    expected = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
-    if found != expected:
+    module = deployable.program.module(check_guards=False)
+    with torch.no_grad():
+        expected = tensors_of(module(*deployable.example_inputs))
+    shapes = [[tuple(out.shape) for out in outputs] for outputs in (found, expected)]
+    if shapes[0] != shapes[1]:
         raise ExportError(
-            f"ExecuTorch gives outputs of shapes {found}, and the model {expected}: it has misread "
-            f"an operation; {_WAY_OUT}"
+            f"ExecuTorch gives outputs of shapes {shapes[0]}, and the model {shapes[1]}: it has "
+            f"misread an operation; {_WAY_OUT}"
         )
+    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+        ratio = _decibels(one, other)
+        if ratio < _LEAST_DB:
+            raise ExportError(
+                f"output {number} of ExecuTorch's file is not the model's ({ratio:.0f} dB of signal"
+                f" to difference): it has misread an operation; {_WAY_OUT}"
+            )
+
+
+def _decibels(expected: Tensor, found: Tensor) -> float:
+    """Signal to difference where the expected values are finite."""
+    known = expected.isfinite() if expected.is_floating_point() else torch.ones_like(expected) > 0
+    signal, noise = expected[known].double(), (found[known].double() - expected[known].double())
+    power, lost = signal.square().sum().item(), noise.square().sum().item()
+    if lost == 0 or not signal.numel():
+        return math.inf
+    return 10 * math.log10(power / lost) if power and math.isfinite(lost) else -math.inf
 
 
 def _refuse_float_weights(program: ExportedProgram) -> None:

@@ -27,17 +27,23 @@ from slimkit_executorch.graph import (
     rounded,
     shape_of,
 )
-from slimkit_executorch.views import multiply_in_one_batch_, split_by_slices_, widen_convolutions_
+from slimkit_executorch.views import (
+    flatten_softmax_,
+    multiply_in_one_batch_,
+    split_by_slices_,
+    widen_convolutions_,
+)
 
 _aten = torch.ops.aten
 
 
 def rewrite_(module: GraphModule) -> None:
-    """All rewrites of this file but those of layers that give float (`leaves`)."""
+    """All rewrites but those of layers that give float (`leaves`)."""
     name_activations_(module)
     drop_idle_activations_(module)
     split_by_slices_(module)
     multiply_in_one_batch_(module)
+    flatten_softmax_(module)
     widen_convolutions_(module)
     fold_biases_(module)
     move_in_front_of_concatenations_(module)

@@ -92,6 +92,25 @@ def multiply_in_one_batch_(module: GraphModule) -> None:
         replace(node, made)
 
 
+def flatten_softmax_(module: GraphModule) -> None:
+    """Have a softmax over the last dimension of images read rows.
+
+    Where images lie with channels last, XNNPACK would take it over the channels (ExecuTorch 1.5).
+    """
+    graph = module.graph
+    for node in [*graph.nodes]:
+        if node.target is not _aten.softmax.int or node.args[1] not in (-1, 3):
+            continue
+        shape = shape_of(node)
+        if len(shape) != 4 or len(node.args) > 2 or node.kwargs:
+            continue
+        with graph.inserting_before(node):
+            made = graph.call_function(_aten.reshape.default, (node.args[0], [-1, shape[-1]]))
+            made = graph.call_function(_aten.softmax.int, (made, -1))
+            made = graph.call_function(_aten.reshape.default, (made, [*shape]))
+        replace(node, made)
+
+
 def widen_convolutions_(module: GraphModule) -> None:
     """Write convolutions over one dimension as ones over two, the second of size 1.
 
