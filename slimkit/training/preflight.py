@@ -14,7 +14,6 @@ from slimkit.registry import discover
 from slimkit.training.classification import Classification
 from slimkit.training.deployment import Loaders
 from slimkit.training.entering import Entry
-from slimkit.training.rewriting import rewrite_before_scan
 from slimkit.training.scan import trained
 
 
@@ -28,8 +27,6 @@ def preflight_of(recipe: Recipe, say: Callable[[str], None]) -> list[Preflight]:
         SlimkitError: model or data cannot be built.
     """
     model, data = trained(recipe, say)
-    if recipe.rewrite:
-        rewrite_before_scan(model, recipe, data)
     lightning = isinstance(model, pl.LightningModule)
     inner = model if lightning else Classification(model, recipe.optimizer)
     assert isinstance(inner, pl.LightningModule)

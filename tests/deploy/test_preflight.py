@@ -138,6 +138,7 @@ class Data(LightningDataModule):
 
     val_dataloader = train_dataloader
 """
+SILU = "nn.Conv2d(8, 8, 1), nn.SiLU()"
 RECIPE = """
 model: project_of_targets:{model}
 data: project_of_targets:Data
@@ -145,6 +146,17 @@ task: classification
 quantize: {{}}
 export: [onnxruntime, ncnn]
 """
+
+
+def test_a_recipe_that_rewrites_is_asked_about_what_comes_out(tmp_path: Path) -> None:
+    (tmp_path / "project_of_targets.py").write_text(PROJECT.replace("nn.Conv2d(8, 8, 1)", SILU))
+    recipe = RECIPE.format(model="net") + "rewrite: [silu-to-hardswish]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    command = [sys.executable, "-m", "slimkit", "check", "recipe.yaml", "--targets", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for found in json.loads(done.stdout)["targets"] for line in found["in_float"]]
+    assert not any(line.startswith("silu,") for line in lines)
 
 
 @pytest.mark.parametrize(("model", "code"), [("net", 0), ("Fourier", 2)])
