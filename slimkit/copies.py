@@ -56,26 +56,21 @@ def _is_plain(value: object) -> bool:
     return type(value) in _PLAIN or (type(value) in (dict, OrderedDict) and not value)
 
 
+def _is_usual(part: nn.Module) -> bool:
+    """Whether it is copied as nn.Module has it, by what its attributes hold."""
+    kind = type(part)
+    return not (hasattr(kind, "__deepcopy__") or is_compiled(part)) and all(
+        getattr(kind, method) is getattr(nn.Module, method)
+        for method in ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+    )
+
+
 def _copied(module: M, memo: dict[int, Any]) -> M:
     """What copy.deepcopy gives, several times faster where modules are as nn.Module makes them."""
     twins: dict[nn.Module, nn.Module] = {}
     for part in module.modules():
-        kind = type(part)
-        if (
-            not hasattr(kind, "__deepcopy__")
-            and not is_compiled(part)
-            and all(
-                getattr(kind, method) is getattr(nn.Module, method)
-                for method in (
-                    "__new__",
-                    "__reduce__",
-                    "__reduce_ex__",
-                    "__getstate__",
-                    "__setstate__",
-                )
-            )
-        ):
-            twins[part] = memo[id(part)] = kind.__new__(kind)
+        if _is_usual(part):
+            twins[part] = memo[id(part)] = type(part).__new__(type(part))
     for part in module.modules():
         if is_compiled(part):
             memo[id(part)] = copy.deepcopy(part._orig_mod, memo)

@@ -77,6 +77,7 @@ def compare(
 
     from torch import nn
 
+    from slimkit.copies import uncompiled_
     from slimkit.deploy.folder import read_manifest
     from slimkit.deploy.reopening import reopen
     from slimkit.errors import GateError
@@ -87,11 +88,11 @@ def compare(
         least = (recipe.get("gates") or {}).get("agreement") or 0.99
     batches = _batches(artifact, data, recipe)
     built_by = {"target": model} if model is not None else recipe.get("model")
-    if built_by:
+    dense = build(built_by, "model", nn.Module) if built_by else None
+    if dense is not None:
         from slimkit.training.entering import entered
 
-        batches = entered(batches, built_by, recipe.get("network"))
-    dense = None if model is None else build({"target": model}, "model", nn.Module)
+        batches = entered(batches, uncompiled_(dense), recipe.get("network"))
     results = []
     for file in reopen(artifact, dense, backend=backend):
         found = file.agreement(batches, inputs)

@@ -112,3 +112,13 @@ def network_of(inner: pl.LightningModule, path: str | None) -> nn.Module:
         SlimkitError: there is no such part.
     """
     return part_of(inner.model if isinstance(inner, Classification) else inner, path)
+
+
+def lightning_of(model: nn.Module, optimizer: Optimizer) -> pl.LightningModule:
+    """The model, if it trains itself, else a `Classification` around it.
+
+    Args:
+        model: a LightningModule, or a classifier.
+        optimizer: for the latter.
+    """
+    return model if isinstance(model, pl.LightningModule) else Classification(model, optimizer)

@@ -83,10 +83,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
     loaders = Loaders(data, module.inner)
     network = own_copy(module.network).cpu().float().eval()
     dense = own_copy(module.dense).cpu().float().eval()
-    batch = next(iter(loaders.calibration()), None)
-    if batch is None:
-        raise SlimkitError("the training data is empty: it gave no batch")
-    inputs = first_sample(to_cpu(module.entry(batch, network)))
+    inputs = example_of(loaders, module.entry, network)
     backends: dict[str, Backend] = {
         ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
     }
@@ -171,7 +168,7 @@ class Loaders:
     def evaluation(self) -> Any:
         """Test batches, or validation batches where there is no test set."""
         loader = self._evaluated()
-        own = hooks_of(self.data, None)  # Lightning calls the module's own, but not these here
+        own = hooks_of(self.data)  # Lightning calls the module's own, but not these here
         return Transferred(loader, self.data, None, in_turn=True) if own else loader
 
     def _evaluated(self) -> Any:
@@ -220,6 +217,23 @@ class Loaders:
                     raise
                 return None
         return getattr(self.data, attribute, None)
+
+
+def example_of(loaders: Loaders, entry: Entry, network: nn.Module | None = None) -> tuple[Any, ...]:
+    """One sample of the network's inputs, on the CPU, from the first training batch.
+
+    Args:
+        loaders: of the data.
+        entry: takes the inputs out of a batch.
+        network: or a copy of it, whose precision they get.
+
+    Raises:
+        SlimkitError: there is no batch.
+    """
+    batch = next(iter(loaders.calibration()), None)
+    if batch is None:
+        raise SlimkitError("the training data is empty: it gave no batch")
+    return first_sample(to_cpu(entry(batch, network)))
 
 
 def _check_done(module: SlimModule) -> None:

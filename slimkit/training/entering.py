@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from slimkit.batches import LABELS, beside, inputs_of
-from slimkit.copies import uncompiled_
 from slimkit.errors import SlimkitError
 from slimkit.evaluating import evaluating, replaced
-from slimkit.importing import build
 from slimkit.training.classification import Classification, network_of
 from slimkit.training.logged import logged
 
 STEPS = ("validation_step", "training_step", "test_step", "predict_step")
+
+
+def overrides(inner: pl.LightningModule, name: str) -> bool:
+    """Whether a LightningModule's class has a hook or step of its own of that name."""
+    return getattr(type(inner), name) is not getattr(pl.LightningModule, name)
 
 
 class Entry:
@@ -46,11 +49,7 @@ class Entry:
         self.network = network_of(inner, path)
         self.whole = isinstance(inner, Classification) and path is None
         self._guessed = False  # whether a guess was tried
-        self.steps = [
-            name
-            for name in STEPS
-            if getattr(type(inner), name) is not getattr(pl.LightningModule, name)
-        ]
+        self.steps = [name for name in STEPS if overrides(inner, name)]
 
     def __call__(self, batch: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
         """Positional arguments of the network, on the device of `model`.
@@ -133,18 +132,17 @@ class Entered:
         return self.entry.each(self.batches)
 
 
-def entered(batches: Iterable[Any], model: Mapping[str, Any], path: str | None) -> Iterable[Any]:
+def entered(batches: Iterable[Any], model: nn.Module, path: str | None) -> Iterable[Any]:
     """Batches as the steps of a LightningModule pass them on; of other models as they are.
 
     Args:
         batches: as the module's steps get them.
-        model: the import that builds it.
+        model: whose network it is.
         path: of the part that is the network.
     """
-    made = uncompiled_(build(model, "model", nn.Module))
-    if not isinstance(made, pl.LightningModule):
+    if not isinstance(model, pl.LightningModule):
         return batches
-    return Entered(batches, Entry(made, path))
+    return Entered(batches, Entry(model, path))
 
 
 class _Entered(BaseException):

@@ -16,7 +16,7 @@ from slimkit.evaluating import replaced
 from slimkit.recipe import Metric
 from slimkit.training.classification import network_of
 from slimkit.training.copies import own_copy
-from slimkit.training.entering import positional
+from slimkit.training.entering import overrides, positional
 
 _GOOD = ("acc", "map", "f1", "iou", "auc", "dice", "psnr", "precision", "recall")
 _BAD = ("loss", "error", "mse", "mae", "perplexity")
@@ -47,7 +47,7 @@ class Evaluator:
     @property
     def can(self) -> bool:
         """Whether the module measures anything."""
-        return type(self.inner).validation_step is not pl.LightningModule.validation_step
+        return overrides(self.inner, "validation_step")
 
     @property
     def why_not(self) -> str:

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from slimkit.errors import SlimkitError
 from slimkit.pruning.sensitivity import Divergence, LossIncrease, Measure
 from slimkit.training.classification import Classification
-from slimkit.training.entering import Entry
+from slimkit.training.entering import Entry, overrides
 from slimkit.training.logged import logged
 
 
@@ -35,9 +35,8 @@ def measure_of(entry: Entry, batch: Any, say: Callable[[str], None]) -> Measure:
     inner = entry.inner
     if entry.whole and isinstance(inner, Classification):
         return LossIncrease(lambda batch: cross_entropies(inner, batch))
-    own = type(inner).validation_step is not pl.LightningModule.validation_step
     reason = "has no validation_step"
-    if own:
+    if overrides(inner, "validation_step"):
         steps = ValidationLoss(inner)
         try:
             with torch.no_grad():

@@ -32,7 +32,7 @@ from slimkit.training.catching import Catch
 from slimkit.training.classification import Classification
 from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
-from slimkit.training.entering import Entry
+from slimkit.training.entering import Entry, overrides
 from slimkit.training.learning import DistillationCallback
 from slimkit.training.loss_weights import is_constant, weight_at
 from slimkit.training.manual import adding
@@ -229,8 +229,8 @@ class SlimModule(pl.LightningModule):
                 scheme_of(backend, self.recipe.quantize)
         self.inner.setup(stage)
         gate = self.recipe.gates.accuracy_drop
-        own = type(self.inner).validation_step is not pl.LightningModule.validation_step
-        if stage == "fit" and gate is not None and not own:
+        measured = overrides(self.inner, "validation_step")
+        if stage == "fit" and gate is not None and not measured:
             raise SlimkitError(
                 f"gates.accuracy_drop: {type(self.inner).__name__} has no validation_step to "
                 "measure by: write one that logs a metric, or leave the gate out"
@@ -393,7 +393,7 @@ class SlimModule(pl.LightningModule):
                 continue
             setattr(self, name, getattr(inner, name))
         for name in ("validation_step", "test_step", "predict_step"):
-            if getattr(type(inner), name) is not getattr(pl.LightningModule, name):
+            if overrides(inner, name):
                 setattr(self, name, self._simulated(getattr(inner, name)))
         self.training_step = self._train(inner.training_step)  # type: ignore[method-assign]
 

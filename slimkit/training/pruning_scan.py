@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from slimkit.training.module import SlimModule
 from slimkit.training.processes import nothing
 from slimkit.training.pruning import coupling_of, scores_of
 from slimkit.training.scan import trained
-from slimkit.training.transferring import hooks_of
+from slimkit.training.transferring import Transferred
 
 Say = Callable[[str], None]
 
@@ -250,18 +251,15 @@ class _Moved:
     def __init__(
         self, batches: Any, inner: pl.LightningModule, data: Any, device: torch.device
     ) -> None:
-        self.batches, self.inner, self.device = batches, inner, device
-        self.hooks = hooks_of(data, inner)
+        self.batches = batches
+        move = partial(inner.transfer_batch_to_device, device=device, dataloader_idx=0)
+        self.moved = Transferred(batches, data, inner, move=move)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            batch = self.inner.transfer_batch_to_device(batch, self.device, 0)
-            for hook in self.hooks:
-                batch = hook(batch, 0)
-            yield batch
+        return iter(self.moved)
 
 
 def drawn(loader: Any, seed: int, samples: int | None, say: Say) -> Any:

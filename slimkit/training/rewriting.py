@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 from torch import nn
 
-from slimkit.batches import first_sample, to_cpu
-from slimkit.errors import SlimkitError
 from slimkit.recipe import Recipe
 from slimkit.rewriting.known import known
 from slimkit.rewriting.rewrite import rewrite_
-from slimkit.training.classification import Classification
-from slimkit.training.deployment import Loaders
+from slimkit.training.classification import lightning_of
+from slimkit.training.deployment import Loaders, example_of
 from slimkit.training.entering import Entry
 from slimkit.training.evaluation import Evaluator
 
@@ -39,7 +36,7 @@ def rewrite_network(module: SlimModule, loaders: Loaders, say: Callable[[str], N
         loader = loaders.selection() or loaders.evaluation()
         evaluator = Evaluator(module.inner, loader, recipe.metric, recipe.network)
         evaluate = evaluator if evaluator.can else None
-    inputs = _example(loaders, module.entry)
+    inputs = example_of(loaders, module.entry)
     report = module.rewrite_(inputs, module.entry.each(loaders.calibration()), evaluate)
     for line in str(report).splitlines():
         say(line)
@@ -47,16 +44,7 @@ def rewrite_network(module: SlimModule, loaders: Loaders, say: Callable[[str], N
 
 def rewrite_before_scan(model: nn.Module, recipe: Recipe, data: Any) -> None:
     """Rewrite the network in `model` in place as a recipe says, for a scan of what comes after."""
-    lightning = isinstance(model, pl.LightningModule)
-    inner: Any = model if lightning else Classification(model, recipe.optimizer)
+    inner = lightning_of(model, recipe.optimizer)
     entry = Entry(inner, recipe.network)
     chosen = [rewrite.model_dump() for rewrite in recipe.rewrite]
-    rewrite_(entry.network, _example(Loaders(data, inner), entry), chosen)
-
-
-def _example(loaders: Loaders, entry: Entry) -> tuple[Any, ...]:
-    """One sample of the network's inputs in the first training batch."""
-    batch = next(iter(loaders.calibration()), None)
-    if batch is None:
-        raise SlimkitError("the training data is empty: it gave no batch")
-    return first_sample(to_cpu(entry(batch)))
+    rewrite_(entry.network, example_of(Loaders(data, inner), entry), chosen)

@@ -19,7 +19,6 @@ from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from slimkit.batches import first_sample
 from slimkit.batchnorm import reestimate_
 from slimkit.copies import uncompiled_
 from slimkit.deploy.folder import check_target
@@ -34,8 +33,8 @@ from slimkit.pruning.sparsity import zero_
 from slimkit.recipe import Import, Prune, Recipe
 from slimkit.registry import discover
 from slimkit.report.curves import write_curves
-from slimkit.training.classification import Classification
-from slimkit.training.deployment import Loaders, Release, deploy, rejected
+from slimkit.training.classification import lightning_of
+from slimkit.training.deployment import Loaders, Release, deploy, example_of, rejected
 from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.module import SlimModule
@@ -245,9 +244,7 @@ def _pretrained(
         return model
     epochs = recipe.pretrain.max_epochs
     say(f"training the dense model for {epochs} epochs")
-    lightning = isinstance(model, pl.LightningModule)
-    inner = model if lightning else Classification(model, recipe.pretrain.optimizer)
-    assert isinstance(inner, pl.LightningModule)
+    inner = lightning_of(model, recipe.pretrain.optimizer)
     with muted(), _blaming_input():
         trainer = _trainer(recipe, work, epochs, callbacks=[EpochLine(say)])
         trainer.fit(inner, datamodule=data)
@@ -292,10 +289,7 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     if section.regularizer is not None:
         say(f"no {section.regularizer.name}: a regularizer needs training, and max_epochs is 0")
     network = module.network
-    batch = next(iter(loaders.calibration()), None)
-    if batch is None:
-        raise SlimkitError("the training data is empty: it gave no batch")
-    inputs = first_sample(module.entry(batch))
+    inputs = example_of(loaders, module.entry)
     module.state.example_inputs = inputs
     if section.granularity == "channel":
         report = _cut_at_once(module, section, inputs, loaders)

@@ -20,7 +20,7 @@ from slimkit.quantization.calibration import quantize
 from slimkit.quantization.sensitivity import Sensitivity, rank
 from slimkit.recipe import Recipe
 from slimkit.registry import discover
-from slimkit.training.classification import Classification
+from slimkit.training.classification import lightning_of
 from slimkit.training.deployment import Loaders
 from slimkit.training.digest import digest
 from slimkit.training.entering import Entry
@@ -48,9 +48,8 @@ def scan(
     if recipe.quantize is None:
         raise SlimkitError("the recipe has no quantize section: there is nothing to scan")
     whole, data = trained(recipe, say)
-    lightning = isinstance(whole, pl.LightningModule)
-    inner: Any = whole if lightning else Classification(whole, recipe.optimizer)
-    entry = Entry(inner.cpu(), recipe.network)
+    inner = lightning_of(whole, recipe.optimizer).cpu()
+    entry = Entry(inner, recipe.network)
     model = entry.network
     section = recipe.quantize
     loader = Loaders(data, inner).calibration()

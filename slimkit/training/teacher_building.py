@@ -14,7 +14,7 @@ from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.recipe import Distill, Optimizer
 from slimkit.recipe import Teacher as Wanted
-from slimkit.training.classification import Classification
+from slimkit.training.classification import Classification, network_of
 from slimkit.training.copies import own_copy
 from slimkit.training.entering import Entry
 from slimkit.training.teachers import Average, Peer, Teacher
@@ -47,7 +47,7 @@ def _built(wanted: Wanted, recipe: Distill, entry: Entry, optimizer: Optimizer) 
     elif wanted.kind == "file":
         made = _from_file(Path(wanted.name), entry)
     else:
-        made = _again(entry)
+        made = network_of(own_copy(entry.inner), None)
     if wanted.weights is not None:
         _load(made, wanted.weights)
     network = _part(made, entry)
@@ -69,18 +69,12 @@ def _part(made: nn.Module, entry: Entry) -> nn.Module:
     return made if entry.path is None else parts.get(entry.path, made)
 
 
-def _again(entry: Entry) -> nn.Module:
-    """A copy of the student's model, around its network."""
-    own = own_copy(entry.inner)
-    return own.model if isinstance(own, Classification) else own
-
-
 def _from_file(path: Path, entry: Entry) -> nn.Module:
     if not path.exists():
         raise SlimkitError(f"distill.teacher: there is no file or folder {path} in {Path.cwd()}")
     if path.is_dir():
         return load(path)
-    made = _again(entry)
+    made = network_of(own_copy(entry.inner), None)
     _load(made, path)
     return made
 

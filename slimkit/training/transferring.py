@@ -9,20 +9,21 @@ import pytorch_lightning as pl
 from pytorch_lightning.core.hooks import DataHooks
 from pytorch_lightning.utilities import CombinedLoader
 
-_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
+BEFORE, AFTER = "on_before_batch_transfer", "on_after_batch_transfer"
+Hook = Callable[[Any, int], Any]
 
 
-def hooks_of(data: Any, inner: pl.LightningModule | None) -> list[Callable[[Any, int], Any]]:
-    """What happens to a batch on its way, in order: the hooks before and behind the transfer.
+def hooks_of(data: Any, inner: pl.LightningModule | None = None) -> dict[str, Hook]:
+    """The hooks that somebody overrides, by name.
 
-    Of the data module's and the LightningModule's hooks the former's count, as in Lightning.
+    Of the data module's and the LightningModule's the former's count, as in Lightning.
     """
-    found = []
-    for name in _HOOKS:
+    found = {}
+    for name in (BEFORE, AFTER):
         for owner in (data, inner):
             own = getattr(type(owner), name, None)
             if own is not None and own is not getattr(DataHooks, name):
-                found.append(getattr(owner, name))
+                found[name] = getattr(owner, name)
                 break
     return found
 
@@ -36,29 +37,30 @@ class Transferred:
         inner: the LightningModule.
         in_turn: whether several loaders come one after the other, as in a validation, or side by
             side in one batch, as in a training.
+        move: takes a batch to where it is computed with; left out, it stays.
     """
 
     def __init__(
-        self, loader: Any, data: Any, inner: pl.LightningModule | None, in_turn: bool = False
+        self,
+        loader: Any,
+        data: Any,
+        inner: pl.LightningModule | None,
+        *,
+        in_turn: bool = False,
+        move: Callable[[Any], Any] = lambda batch: batch,
     ) -> None:
-        self.loader, self.in_turn = loader, in_turn
+        if isinstance(loader, list | tuple | Mapping):
+            loader = CombinedLoader(loader, "sequential" if in_turn else "max_size_cycle")
+        self.loader, self.move = loader, move
         self.hooks = hooks_of(data, inner)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches():
-            for hook in self.hooks:
-                batch = hook(batch, 0)
+        combined = isinstance(self.loader, CombinedLoader)
+        for one in self.loader:
+            batch = one[0] if combined else one  # beside its number and its loader's
+            if BEFORE in self.hooks:
+                batch = self.hooks[BEFORE](batch, 0)
+            batch = self.move(batch)
+            if AFTER in self.hooks:
+                batch = self.hooks[AFTER](batch, 0)
             yield batch
-
-    def _batches(self) -> Iterator[Any]:
-        several = isinstance(self.loader, list | tuple | Mapping | CombinedLoader)
-        if not several:
-            yield from self.loader
-        elif self.in_turn or isinstance(self.loader, CombinedLoader):
-            loader = self.loader
-            combined = isinstance(loader, CombinedLoader)
-            for batch, _, _ in iter(loader if combined else CombinedLoader(loader, "sequential")):
-                yield batch
-        else:
-            for batch, _, _ in iter(CombinedLoader(self.loader, "max_size_cycle")):
-                yield batch
