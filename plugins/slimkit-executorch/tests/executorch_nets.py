@@ -112,6 +112,26 @@ class Functions(nn.Module):
         return functional.softmax(x.exp().sqrt(), -1)
 
 
+class Ghost(nn.Module):
+    """GhostNet's ways: activations in place, joined halves of which a part is taken, a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 10, 1)
+        self.cheap = nn.Conv2d(10, 10, 3, 1, 1, groups=10)
+        self.squeeze, self.gate = nn.Conv2d(18, 8, 1), nn.Conv2d(8, 18, 1)
+        self.second, self.third = nn.Conv2d(18, 16, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 3, 16, 16) -> (n, 8, 8, 8)
+        x = functional.relu_(self.stem(x))
+        y = functional.relu_(self.first(x))
+        y = torch.cat([y, functional.relu6(self.cheap(y), inplace=True)], 1)[:, :18, :, :]
+        z = functional.relu_(self.squeeze(y.mean((2, 3), keepdim=True)))
+        y = y * functional.hardsigmoid(self.gate(z))
+        y = functional.hardtanh_(self.second(y), 0.0, 1.0)[:, :, :, :]
+        return self.third(y)
+
+
 class Two(nn.Module):
     """Takes two inputs, gives named outputs of several types."""
 

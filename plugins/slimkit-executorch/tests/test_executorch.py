@@ -15,6 +15,7 @@ import torch
 from executorch_nets import (
     Attention,
     Functions,
+    Ghost,
     Leaves,
     Mixed,
     Padded,
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 import slimkit
 from slimkit.deploy.agreement import compare
+from slimkit.deploy.preflight import preflight
 from slimkit.errors import ExportError
 from slimkit.interfaces import Deployable, tensors_of
 from slimkit.quantization.exact import exact
@@ -87,6 +89,7 @@ NETS = {
     "shuffle": (Shuffle, normal(8, 16, 12, 12)),
     "leaves": (Leaves, normal(8, 16, 12, 12)),
     "functions": (Functions, normal(8, 8, 8, 8)),
+    "ghost": (Ghost, normal(8, 3, 16, 16)),
 }
 
 
@@ -158,6 +161,24 @@ def test_operators_that_compute_in_float_are_named(int8: dict[str, Case]) -> Non
     assert "native_layer_norm" in int8["attention"].operators()
 
 
+def test_layers_in_front_of_activations_in_place_compute_on_integers(tmp_path: Path) -> None:
+    """As torchvision and timm write them: overwritten, joined and sliced."""
+    torch.manual_seed(0)
+    found = case(Ghost(), normal(8, 3, 16, 16), directory=tmp_path).operators()
+    assert found["Convolution int8"] + found["ConvolutionDepthWise int8"] == 7
+    assert not {"Convolution", "ConvolutionDepthWise", "alias_copy", "_to_dim_order_copy"} & {
+        *found
+    }
+
+
+def test_portable_kernels_are_named_before_training() -> None:
+    for found in preflight(Attention(), (normal(1, 12, 32),), {"executorch": ExecuTorch()}):
+        assert any(line.startswith("native_layer_norm, 1 call,") for line in found.remarks)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    for found in preflight(plain, (normal(1, 3, 8, 8),), {"executorch": ExecuTorch()}):
+        assert not found.remarks
+
+
 @pytest.mark.parametrize("kind", ["int8", "dense"])
 def test_operators_are_those_that_the_runtime_traces(
     kind: str, name: str, request: pytest.FixtureRequest
@@ -206,11 +227,12 @@ def test_pixels_half_way_between_integers_go_where_the_simulation_sends_them(
 def test_inputs_beyond_the_range_are_clipped_in_layers_that_give_float(tmp_path: Path) -> None:
     """Such a layer finds its input's range as it runs; it must find the simulation's."""
     x = normal(4, 16)
+    torch.manual_seed(0)
     made = case(nn.Linear(16, 5), x, directory=tmp_path)
     far = torch.cat([100 * x[:1], 0.01 * x[:1], -x[:1].abs()])
     run = ExecuTorch().load(tmp_path)
     found = torch.cat([run(row[None])[0] for row in far])
-    assert min(compare([made.model(far)], [found]).sqnr_db) >= 100
+    assert min(compare([made.model(far)], [found]).sqnr_db) >= 90  # float32; a step: 40
 
 
 @pytest.mark.parametrize("quantized", [True, False])

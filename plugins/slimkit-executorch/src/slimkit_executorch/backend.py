@@ -66,6 +66,12 @@ class ExecuTorch(Backend):
             return [str(error)]
         return []
 
+    def remarks(self, deployable: Deployable) -> list[str]:
+        """The operators that run outside XNNPACK, in float and in int8."""
+        data = self._trial.take(deployable) or lowering.lowered(deployable)
+        self._trial.keep(deployable, data)
+        return inspection.portable(inspection.steps(data, FILE))
+
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.pte``."""
         data = self._trial.take(deployable) or lowering.lowered(deployable)

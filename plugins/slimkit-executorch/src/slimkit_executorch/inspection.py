@@ -126,6 +126,17 @@ def _nodes(graph: XnnGraph, instruction: int) -> Iterator[Step]:
             yield Step(f"{name} int8" if reads else name, label, instruction)
 
 
+def portable(found: Sequence[Step]) -> list[str]:
+    """What XNNPACK leaves to ExecuTorch's portable kernels, one sentence for each kernel."""
+    counts = Counter(step.name for step in found if step.label == _KERNEL)
+    return [
+        f"{name}, {n} call{'s' if n > 1 else ''}, runs in a portable kernel of ExecuTorch, on one "
+        "thread and unoptimized, and the program on the device must link it: XNNPACK has none"
+        for name, n in counts.most_common()
+        if name not in ("Quantize", "Dequantize")
+    ]
+
+
 def counted(found: Sequence[Step]) -> dict[str, int]:
     """How many operators there are of each name."""
     return dict(sorted(Counter(step.name for step in found).items()))

@@ -28,6 +28,7 @@ from slimkit_executorch.graph import (
     shape_of,
 )
 from slimkit_executorch.views import (
+    drop_idle_slices_,
     flatten_softmax_,
     multiply_in_one_batch_,
     split_by_slices_,
@@ -37,11 +38,23 @@ from slimkit_executorch.views import (
 _aten = torch.ops.aten
 
 
+_OUT_OF_PLACE = {
+    _aten.relu_.default: _aten.relu.default,
+    _aten.relu6_.default: _aten.relu6.default,
+    _aten.hardtanh_.default: _aten.hardtanh.default,
+    _aten.clamp_.default: _aten.clamp.default,
+}
+
+
 def rewrite_(module: GraphModule) -> None:
     """All rewrites but those of layers that give float (`leaves`)."""
+    compute_out_of_place_(module)
     name_activations_(module)
+    spell_hardsigmoids_(module)
     drop_idle_activations_(module)
+    drop_idle_slices_(module)
     split_by_slices_(module)
+    move_in_front_of_slices_(module)
     multiply_in_one_batch_(module)
     flatten_softmax_(module)
     widen_convolutions_(module)
@@ -51,6 +64,16 @@ def rewrite_(module: GraphModule) -> None:
     pad_integers_(module)
     dequantize_for_each_reader_(module)
     module.graph.eliminate_dead_code()
+
+
+def compute_out_of_place_(module: GraphModule) -> None:
+    """Write activations that overwrite what they read, and that nobody else reads, as others.
+
+    The layer in front of one would have two readers, and the partitioner would leave it in float.
+    """
+    for node in module.graph.nodes:
+        if node.target in _OUT_OF_PLACE and only_reader(node.args[0]) is node:
+            node.target = _OUT_OF_PLACE[node.target]
 
 
 def name_activations_(module: GraphModule) -> None:
@@ -70,6 +93,23 @@ def name_activations_(module: GraphModule) -> None:
                 made = graph.call_function(_aten.hardtanh.default, (node.args[0], low, high))
             else:
                 continue
+        replace(node, made)
+
+
+def spell_hardsigmoids_(module: GraphModule) -> None:
+    """Write a hard-sigmoid as ExecuTorch does, but without its two copies to the type it has."""
+    graph = module.graph
+    for node in [*graph.nodes]:
+        if node.target not in (_aten.hardsigmoid.default, _aten.hardsigmoid_.default):
+            continue
+        if node.target is _aten.hardsigmoid_.default and only_reader(node.args[0]) is not node:
+            continue
+        if not node.meta["val"].is_floating_point():
+            continue
+        with graph.inserting_before(node):
+            made = graph.call_function(_aten.add.Tensor, (node.args[0], 3.0))
+            made = graph.call_function(_aten.hardtanh.default, (made, 0.0, 6.0))
+            made = graph.call_function(_aten.div.Tensor, (made, 6.0))
         replace(node, made)
 
 
@@ -104,6 +144,23 @@ def fold_biases_(module: GraphModule) -> None:
             value = constant_of(module, node, torch.int32)
             if value is not None:
                 node.replace_all_uses_with(add_constant(module, value, node))
+
+
+def move_in_front_of_slices_(module: GraphModule) -> None:
+    """Round what is sliced instead of the slice, so that what gives it computes on integers."""
+    for node in [*module.graph.nodes]:
+        rounding = only_reader(node)
+        if node.target is not _aten.slice.Tensor or rounding is None:
+            continue
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if rounding.target is not QUANTIZE or only_reader(source) is not node:
+            continue
+        if source.target is not DEQUANTIZE:
+            with module.graph.inserting_before(node):
+                made = rounded(module, source, rounding.args[1:])
+            made.meta = dict(source.meta)
+            node.replace_input_with(source, made)
 
 
 def move_in_front_of_concatenations_(module: GraphModule) -> None:

@@ -70,6 +70,20 @@ def _take_(part: Node, source: Node, dim: int, begin: int, end: int) -> None:
     replace(part, made)
 
 
+def drop_idle_slices_(module: GraphModule) -> None:
+    """Leave out slices that take all there is, which run as copies.
+
+    ``x[:, :n]`` and ``x[:]`` leave them.
+    """
+    for node in [*module.graph.nodes]:
+        if node.target in (_aten.slice.Tensor, _aten.alias.default):
+            source = node.args[0]
+            assert isinstance(source, Node)
+            if shape_of(source) == shape_of(node):
+                node.replace_all_uses_with(source)
+                module.graph.erase_node(node)
+
+
 def multiply_in_one_batch_(module: GraphModule) -> None:
     """Write products of stacked matrices with one dimension of stacking, as XNNPACK takes them."""
     graph = module.graph
