@@ -322,6 +322,14 @@ class Backend(ABC):
         """What stands in the way, one sentence each; empty if `compile` will work."""
         return []
 
+    def remarks(self, deployable: Deployable) -> list[str]:  # noqa: ARG002
+        """What the files will run, but in float or slowly, one sentence each, with a remedy.
+
+        `slimkit check --targets` says it beside what follows from `scheme` and `channel_multiple`.
+        It is asked only where `check` found nothing.
+        """
+        return []
+
     @abstractmethod
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write the device's files, and nothing else, into the existing empty `directory`."""

@@ -25,9 +25,11 @@ def architectures() -> list[tuple[str, str]]:
     return [(line.split()[0], line.split()[1]) for line in lines if not line.startswith("#")]
 
 
-def row_of(script: str, arguments: list[str], row: Row, limit: float) -> Row:
+def row_of(
+    script: str, arguments: list[str], row: Row, limit: float, python: str = sys.executable
+) -> Row:
     """What `script` prints in its last line; one that dies or takes too long is a row as well."""
-    command = [sys.executable, str(HERE / script), *arguments]
+    command = [python, str(HERE / script), *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit, check=False, env=os.environ

@@ -69,6 +69,7 @@ def _check_targets(recipe: str, as_json: bool) -> None:
             ("", result.problems),
             ("in float: ", result.in_float),
             ("slow: ", result.slow),
+            ("in the file: ", result.remarks),
         ):
             for line in lines:
                 click.echo(f"  {title}{line}")

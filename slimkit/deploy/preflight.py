@@ -19,7 +19,7 @@ from slimkit.registry import blame_for
 _MOVES = frozenset({
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "T", "mT", "movedim",
     "squeeze", "unsqueeze", "expand", "contiguous", "chunk", "split", "unbind", "getitem", "roll",
-    "repeat", "narrow", "size", "dim", "numel", "shape", "data", "device", "dtype", "type", "to",
+    "repeat", "narrow", "cat", "concat", "stack", "size", "dim", "numel", "shape", "data", "device", "dtype", "type", "to",
     "float", "detach", "clone", "is_floating_point", "dropout", "stochastic_depth",
 })  # fmt: skip
 """Operations that compute nothing, or nothing in evaluation mode."""
@@ -41,6 +41,7 @@ class Preflight:
         in_float: of int8: sentence for sentence, which operations compute in float, why, and what
             helps.
         slow: what runs, but not at full speed, and what helps.
+        remarks: what the backend says of its files itself (`Backend.remarks`).
     """
 
     backend: str
@@ -48,6 +49,7 @@ class Preflight:
     problems: tuple[str, ...] = ()
     in_float: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def preflight(
@@ -75,20 +77,25 @@ def preflight(
     """
     found = []
     for name, backend in backends.items():
-        found.append(Preflight(name, "float", tuple(_problems(model, inputs, backend))))
+        problems, remarks = _asked(model, inputs, backend)
+        found.append(Preflight(name, "float", problems, remarks=remarks))
         if quantized:
             options = {"weights": weights, "activations": activations, "weight_bits": weight_bits}
             found.append(_integers(model, inputs, name, backend, [*keep_float], options))
     return found
 
 
-def _problems(model: nn.Module, inputs: tuple[Any, ...], backend: Backend) -> list[str]:
+def _asked(
+    model: nn.Module, inputs: tuple[Any, ...], backend: Backend
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the backend says stands in the way, and if nothing does, of what comes out."""
     try:
         deployable = finish(model, inputs)
-    except ExportError as error:
-        return [str(error)]
-    with blame_for("backend", backend, f"checking {type(model).__name__}"):
-        return backend.check(deployable)
+        with blame_for("backend", backend, f"checking {type(model).__name__}"):
+            problems = backend.check(deployable)
+            return tuple(problems), () if problems else tuple(backend.remarks(deployable))
+    except ExportError as error:  # a runtime or a board that is missing among them
+        return (str(error),), ()
 
 
 def _integers(
@@ -105,12 +112,14 @@ def _integers(
     except SlimkitError as error:
         return Preflight(name, "int8", (str(error),))
     traced = trace(simulated.model, inputs)
+    problems, remarks = _asked(simulated, inputs, backend)
     return Preflight(
         name,
         "int8",
-        tuple(_problems(simulated, inputs, backend)),
+        problems,
         tuple(_in_float(traced, simulated, backend.scheme)),
         tuple(_slow(traced, simulated, backend)),
+        remarks,
     )
 
 

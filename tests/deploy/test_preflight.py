@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slimkit.builtin.backends.reference import Reference
 from slimkit.deploy.deployed import compile_
 from slimkit.deploy.preflight import preflight
-from slimkit.errors import ExportError
+from slimkit.errors import ExportError, UnavailableError
+from slimkit.interfaces import Deployable
 from slimkit.quantization.calibration import quantize
 from slimkit.registry import discover
 
@@ -100,6 +102,30 @@ def test_what_is_accepted_compiles_and_what_is_refused_does_not(
             assert found.problems
         else:
             assert not found.problems
+
+
+class Talking(Reference):
+    """A backend that knows more than its scheme says."""
+
+    def remarks(self, deployable: Deployable) -> list[str]:
+        return ["norms run on the host"] if deployable.quantized else []
+
+
+class Missing(Reference):
+    """A backend whose runtime is not there."""
+
+    def check(self, deployable: Deployable) -> list[str]:  # noqa: ARG002
+        raise UnavailableError("the board is off")
+
+
+def test_a_backend_says_more_of_its_files_itself() -> None:
+    floating, integers = preflight(Mixed().eval(), IMAGE, {"talking": Talking()})
+    assert (floating.remarks, integers.remarks) == ((), ("norms run on the host",))
+
+
+def test_a_missing_runtime_is_one_targets_problem_and_not_the_next_ones() -> None:
+    found = preflight(Mixed().eval(), IMAGE, {"missing": Missing(), "talking": Talking()})
+    assert [f.problems for f in found] == [("the board is off",)] * 2 + [()] * 2
 
 
 def test_nothing_changes_in_the_model() -> None:

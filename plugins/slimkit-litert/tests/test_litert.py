@@ -21,6 +21,7 @@ from litert_nets import Layers, Mixed, Named, Padded, normal  # noqa: E402
 from slimkit_litert.backend import LiteRt  # noqa: E402
 
 import slimkit  # noqa: E402
+from slimkit.deploy.preflight import preflight  # noqa: E402
 from slimkit.errors import ExportError  # noqa: E402
 from slimkit.interfaces import Deployable, tensors_of  # noqa: E402
 from slimkit.quantization.exact import exact  # noqa: E402
@@ -160,8 +161,14 @@ def test_only_borders_compute_in_float(name: str, tmp_path: Path) -> None:
 
 def test_what_computes_in_float_is_named(int8: dict[str, Case]) -> None:
     said = LiteRt().remarks(int8["mixed"].deployable)
-    assert [line.split(", ")[1] for line in said] == ["HARD_SWISH"]  # as XNNPACK has no other
+    assert [line.split(", ")[0] for line in said] == ["HARD_SWISH"]  # as XNNPACK has no other
     assert LiteRt().remarks(int8["layers"].deployable) == []
+
+
+def test_preflight_says_it_before_training() -> None:
+    floating, small = preflight(Mixed().eval(), (normal(1, 3, 32, 32),), {"litert": LiteRt()})
+    assert not floating.remarks
+    assert any(line.startswith("HARD_SWISH, 1 operator (") for line in small.remarks)
 
 
 def test_transposes_stand_at_borders_only(int8: dict[str, Case], dense: dict[str, Case]) -> None:

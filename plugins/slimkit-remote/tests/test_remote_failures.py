@@ -17,6 +17,7 @@ from torch import nn
 
 from slimkit.deploy.deployed import compile_
 from slimkit.deploy.memory import peaks
+from slimkit.deploy.preflight import preflight
 from slimkit.errors import ExportError, UnavailableError
 from slimkit.importing import backend_named
 
@@ -66,6 +67,13 @@ def test_no_host(files: Path) -> None:
     assert message(files, {}) == (
         "the remote backend has no host: set its option host to a board's name or address"
     )
+
+
+def test_a_board_that_is_off_is_known_before_training() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3)).eval()
+    for found in preflight(net, (X,), {"remote": Remote(host="127.0.0.1", port=9, timeout=5)}):
+        (problem,) = found.problems
+        assert "127.0.0.1 port 9" in problem
 
 
 def test_another_host_key(server: Loopback, files: Path) -> None:

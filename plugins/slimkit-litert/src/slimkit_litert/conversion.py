@@ -52,17 +52,21 @@ def convert(deployable: Deployable, *, integer_io: bool = False) -> bytes:
 
 
 def floats(data: bytes) -> list[str]:
-    """What computes in float in a file that holds integers, one sentence each."""
+    """What computes in float in a file that holds integers, one sentence for each kind."""
     from slimkit_litert.graph import Graph
     from slimkit_litert.runtime import named
 
-    graph, said = Graph(data), list[str]()
-    for number, operator in enumerate(graph.operators):
+    graph, shapes = Graph(data), dict[str, list[str]]()
+    for operator in graph.operators:
         kind = named(graph, operator)
         if not kind.endswith("int8") and kind not in ("QUANTIZE", "DEQUANTIZE"):
             shape = "x".join(map(str, graph.shape(operator.outputs[0])))
-            said.append(f"operator {number}, {kind}, gives {shape} and computes in float")
-    return said
+            shapes.setdefault(kind, []).append(shape)
+    return [
+        f"{kind}, {len(gives)} operator{'s' if len(gives) > 1 else ''} (the first gives "
+        f"{gives[0]}), computes in float: LiteRT has no integer one with these roundings"
+        for kind, gives in sorted(shapes.items(), key=lambda item: -len(item[1]))
+    ]
 
 
 def _converted(deployable: Deployable) -> bytes:

@@ -64,8 +64,17 @@ class Remote(Backend):
         self._threads: int | None = None
 
     def check(self, deployable: Deployable) -> list[str]:
-        """What the compiling backend says; the board is not asked."""
+        """What the compiling backend says; the board is asked once whether it can be reached.
+
+        Raises:
+            UnavailableError: it cannot, or lacks Python or a package.
+        """
+        self.threads()
         return self._local.check(deployable)
+
+    def remarks(self, deployable: Deployable) -> list[str]:
+        """What the compiling backend says."""
+        return self._local.remarks(deployable)
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write the compiling backend's files."""
