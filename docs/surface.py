@@ -29,6 +29,7 @@ MODULES = {
     "slimkit.testing": "What a plugin's tests use.",
     "slimkit.importing": "For backends: packages that may be missing, and other backends.",
     "slimkit.onnx_export": "For backends that go by way of ONNX.",
+    "slimkit.onnx_sessions": "For backends whose ONNX files ONNX Runtime can run.",
     "slimkit.disk": "For backends whose runtime does not say that a disk is full.",
 }
 ONLY = {"slimkit.importing": ["backend_named", "required"]}

@@ -1,8 +1,8 @@
-"""Networks by targets: what preflight foretold, what the files then did, and at what cost.
+r"""Networks by targets: what preflight foretold, what the files then did, and at what cost.
 
-    python benchmarks/zoo/targets.py --output runs/targets \\
+    python benchmarks/zoo/targets.py --output runs/targets \
         --python litert=.venv-litert/bin/python --python executorch=.venv-executorch/bin/python
-    PYTHONPATH=.:benchmarks python benchmarks/zoo/targets.py --output runs/targets-measured \\
+    PYTHONPATH=.:benchmarks python benchmarks/zoo/targets.py --output runs/targets-measured \
         --data ../shared/data --only MEASURED --seconds 1 --jobs 1 ...
 
 With --data the pretrained networks of benchmarks/tasks.py come first. An interrupted run goes on

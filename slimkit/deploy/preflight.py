@@ -19,8 +19,9 @@ from slimkit.registry import blame_for
 _MOVES = frozenset({
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "T", "mT", "movedim",
     "squeeze", "unsqueeze", "expand", "contiguous", "chunk", "split", "unbind", "getitem", "roll",
-    "repeat", "narrow", "cat", "concat", "stack", "size", "dim", "numel", "shape", "data", "device", "dtype", "type", "to",
-    "float", "detach", "clone", "is_floating_point", "dropout", "stochastic_depth",
+    "repeat", "narrow", "cat", "concat", "stack", "size", "dim", "numel", "shape", "data", "device",
+    "dtype", "type", "to", "float", "detach", "clone", "is_floating_point", "dropout",
+    "stochastic_depth",
 })  # fmt: skip
 """Operations that compute nothing, or nothing in evaluation mode."""
 

@@ -17,6 +17,7 @@ from slimkit.builtin.backends import onnxruntime as backend
 from slimkit.builtin.backends.onnxruntime import OnnxRuntime
 from slimkit.errors import ExportError
 from slimkit.interfaces import Deployable
+from slimkit.onnx_sessions import _kernel_times
 
 
 class Branches(nn.Module):
@@ -368,7 +369,7 @@ def test_the_profile_leaves_the_first_runs_out() -> None:
         return [{"name": "model_run", "ts": at}, {**kernel, "dur": conv_us}]
 
     events = [e for n in range(8) for e in run(100 * n, 9000 if n < 5 else 10 * n)]
-    assert backend._kernel_times(events) == {"Conv": 0.06}
+    assert _kernel_times(events) == {"Conv": 0.06}
 
 
 def test_what_was_checked_is_not_exported_again(

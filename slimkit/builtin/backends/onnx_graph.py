@@ -11,6 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from slimkit.onnx_export import add_constant, array_of
+
 # operators that only move elements of their first input, and that ONNX Runtime runs on uint8
 MOVES = frozenset(
     {"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split"}
@@ -53,7 +55,9 @@ def clip_on_integers_(graph: ir.Graph) -> None:
         limits = np.iinfo(low.dtype)
         if low > limits.min or high < limits.max:
             old = q.outputs[0]
-            clip = _insert_after(graph, q, "Clip", [old, _const(graph, low), _const(graph, high)])
+            clip = _insert_after(
+                graph, q, "Clip", [old, add_constant(graph, low), add_constant(graph, high)]
+            )
             _replace_uses(old, clip.outputs[0], but=clip)
 
 
@@ -62,7 +66,7 @@ def pool_globally_(graph: ir.Graph) -> None:
     for mean in list(graph):
         if mean.op_type != "ReduceMean" or len(mean.inputs) < 2:
             continue
-        x, axes = mean.inputs[0], _array(mean.inputs[1])
+        x, axes = mean.inputs[0], array_of(mean.inputs[1])
         if x is None or axes is None or x.shape is None or _dequantize(x) is None:
             continue
         rank = len(x.shape)
@@ -76,7 +80,7 @@ def pool_globally_(graph: ir.Graph) -> None:
             q.replace_input_with(0, pool.outputs[0])
             if mean.attributes.get_int("keepdims", 1) == 0:
                 old = q.outputs[0]
-                axes_const = _const(graph, np.arange(2, rank, dtype=np.int64))
+                axes_const = add_constant(graph, np.arange(2, rank, dtype=np.int64))
                 squeeze = _insert_after(graph, q, "Squeeze", [old, axes_const])
                 _replace_uses(old, squeeze.outputs[0], but=squeeze)
 
@@ -115,7 +119,7 @@ def pad_inside_convolutions_(graph: ir.Graph) -> None:
             continue
         if len(pad.inputs) != 3:  # without axes; `move_integers_` has written the fill down
             continue
-        amounts, fill = _array(pad.inputs[1]), _array(pad.inputs[2])
+        amounts, fill = array_of(pad.inputs[1]), array_of(pad.inputs[2])
         if pad.attributes.get_string("mode", "constant") != "constant":
             continue
         if conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET" or amounts is None:
@@ -140,7 +144,7 @@ def softmax_in_float_(graph: ir.Graph) -> None:
         if softmax.op_type != "Softmax" or softmax.domain or _dequantize(softmax.inputs[0]) is None:
             continue
         scales = [
-            _array(use.node.inputs[1])
+            array_of(use.node.inputs[1])
             for use in softmax.outputs[0].uses()
             if use.node.op_type == "QuantizeLinear"
         ]
@@ -167,10 +171,10 @@ def keep_floats_(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.domain:
             continue
-        weight = _array(node.inputs[1])
+        weight = array_of(node.inputs[1])
         if _dequantize(node.inputs[0]) is None or weight is None or weight.dtype != np.float32:
             continue
-        given = _array(node.inputs[2]) if len(node.inputs) > 2 else None
+        given = array_of(node.inputs[2]) if len(node.inputs) > 2 else None
         if len(node.inputs) > 2 and node.inputs[2] is not None and given is None:
             continue
         bias = np.zeros(_outputs(node, weight), np.float32) if given is None else given.reshape(-1)
@@ -179,7 +183,7 @@ def keep_floats_(graph: ir.Graph) -> None:
         dq = ir.Node(
             "",
             "DequantizeLinear",
-            [_const(graph, integers), _const(graph, scale.astype(np.float32))],
+            [add_constant(graph, integers), add_constant(graph, scale.astype(np.float32))],
             [ir.AttrInt64("axis", 0)],
             num_outputs=1,
         )
@@ -207,11 +211,11 @@ def _moves_only(graph: ir.Graph, node: ir.Node, dq: ir.Node) -> bool:
         if node.attributes.get_string("mode", "constant") != "constant":
             return True
         given = node.inputs[2] if len(node.inputs) > 2 else None
-        fill = np.float32(0) if given is None else _array(given)
+        fill = np.float32(0) if given is None else array_of(given)
         if fill is None or not _on_grid(dq, float(fill)):
             return False
         node.resize_inputs(max(3, len(node.inputs)))
-        node.replace_input_with(2, _const(graph, _rounded(dq, float(fill))))
+        node.replace_input_with(2, add_constant(graph, _rounded(dq, float(fill))))
     return True
 
 
@@ -222,7 +226,7 @@ def _bounds(node: ir.Node) -> tuple[float, float] | None:
     ends = [float("-inf"), float("inf")]
     for i, value in enumerate(node.inputs[1:3]):
         if value is not None:
-            array = _array(value)
+            array = array_of(value)
             if array is None:
                 return None
             ends[i] = float(array)
@@ -238,24 +242,24 @@ def _dequantize(value: ir.Value | None) -> ir.Node | None:
 
 
 def _per_tensor(node: ir.Node) -> bool:
-    scale, zero = _array(node.inputs[1]), _zero(node)
+    scale, zero = array_of(node.inputs[1]), _zero(node)
     return scale is not None and zero is not None and scale.size == 1
 
 
 def _same_grid(a: ir.Node, b: ir.Node) -> bool:
-    sa, sb, za, zb = _array(a.inputs[1]), _array(b.inputs[1]), _zero(a), _zero(b)
+    sa, sb, za, zb = array_of(a.inputs[1]), array_of(b.inputs[1]), _zero(a), _zero(b)
     if sa is None or sb is None or za is None or zb is None or sa.size != 1:
         return False
     return bool(sa == sb and za == zb and za.dtype == zb.dtype)
 
 
 def _zero(node: ir.Node) -> np.ndarray | None:
-    return _array(node.inputs[2]) if len(node.inputs) > 2 else None
+    return array_of(node.inputs[2]) if len(node.inputs) > 2 else None
 
 
 def _rounded(node: ir.Node, x: float) -> np.ndarray:
     """The integer that `x` becomes on the grid of a QuantizeLinear or DequantizeLinear."""
-    scale, zero = _array(node.inputs[1]), _zero(node)
+    scale, zero = array_of(node.inputs[1]), _zero(node)
     if scale is None or zero is None:
         raise AssertionError("callers check that the grid is constant")
     limits = np.iinfo(zero.dtype)
@@ -265,34 +269,16 @@ def _rounded(node: ir.Node, x: float) -> np.ndarray:
 
 def _on_grid(dq: ir.Node, x: float) -> bool:
     """Whether `x` is one of the numbers that a DequantizeLinear makes."""
-    scale, zero = _array(dq.inputs[1]), _zero(dq)
+    scale, zero = array_of(dq.inputs[1]), _zero(dq)
     if scale is None or zero is None:
         return False
     steps = _rounded(dq, x).astype(np.float32) - zero.astype(np.float32)
     return bool(steps * scale.astype(np.float32) == np.float32(x))
 
 
-def _array(value: ir.Value | None) -> np.ndarray | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None else tensor.numpy()
-
-
 def _dtype(dq: ir.Node) -> ir.DataType:
     zero = _zero(dq)
     return ir.DataType.UINT8 if zero is None else ir.DataType.from_numpy(zero.dtype)
-
-
-def _const(graph: ir.Graph, array: np.ndarray) -> ir.Value:
-    name = f"slimkit_{len(graph.initializers)}"  # unique: constants are only added here
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(tensor.shape),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
 
 
 def _insert_after(

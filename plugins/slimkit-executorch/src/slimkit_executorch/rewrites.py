@@ -38,7 +38,7 @@ from slimkit_executorch.views import (
 _aten = torch.ops.aten
 
 
-_OUT_OF_PLACE = {
+_OUT_OF_PLACE: dict[object, torch._ops.OpOverload] = {
     _aten.relu_.default: _aten.relu.default,
     _aten.relu6_.default: _aten.relu6.default,
     _aten.hardtanh_.default: _aten.hardtanh.default,
@@ -72,8 +72,9 @@ def compute_out_of_place_(module: GraphModule) -> None:
     The layer in front of one would have two readers, and the partitioner would leave it in float.
     """
     for node in module.graph.nodes:
-        if node.target in _OUT_OF_PLACE and only_reader(node.args[0]) is node:
-            node.target = _OUT_OF_PLACE[node.target]
+        twin = _OUT_OF_PLACE.get(node.target)
+        if twin is not None and len(_read(node).users) == 1:
+            node.target = twin
 
 
 def name_activations_(module: GraphModule) -> None:
@@ -102,7 +103,7 @@ def spell_hardsigmoids_(module: GraphModule) -> None:
     for node in [*graph.nodes]:
         if node.target not in (_aten.hardsigmoid.default, _aten.hardsigmoid_.default):
             continue
-        if node.target is _aten.hardsigmoid_.default and only_reader(node.args[0]) is not node:
+        if node.target is _aten.hardsigmoid_.default and len(_read(node).users) > 1:
             continue
         if not node.meta["val"].is_floating_point():
             continue
@@ -152,9 +153,8 @@ def move_in_front_of_slices_(module: GraphModule) -> None:
         rounding = only_reader(node)
         if node.target is not _aten.slice.Tensor or rounding is None:
             continue
-        source = node.args[0]
-        assert isinstance(source, Node)
-        if rounding.target is not QUANTIZE or only_reader(source) is not node:
+        source = _read(node)
+        if rounding.target is not QUANTIZE or len(source.users) > 1:
             continue
         if source.target is not DEQUANTIZE:
             with module.graph.inserting_before(node):
@@ -204,6 +204,13 @@ def keep_pooled_dimensions_(module: GraphModule) -> None:
                 made = rounded(module, made, rounding.args[1:])
             made = graph.call_function(_aten.reshape.default, (made, [*shape_of(node)]))
         replace(node, made)
+
+
+def _read(node: Node) -> Node:
+    """What an operation reads first."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
 
 
 def pad_integers_(module: GraphModule) -> None:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import bisect
-import json
 import logging
-import statistics
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from slimkit.disk import refuse_full
 from slimkit.errors import ExportError, UnavailableError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
+from slimkit.onnx_sessions import OnnxFile
 from slimkit_tensorrt import engine
 
 FILE, PLAN = "model.onnx", "model.engine"
 _LIMIT = 2**31 - 2**20  # bytes; protobuf holds less than 2 GiB
-_WARM_UP, _PROFILED = 5, 20  # runs
 _log = logging.getLogger("slimkit_tensorrt")
 
 
@@ -111,19 +104,7 @@ class TensorRT(Backend):
         if self._builds():
             return engine.Engine(self._plan(directory))
         _warn_once(engine.reason_against() or "the option runtime asks for it")
-        session = _session(directory, threads)
-        names = [i.name for i in session.get_inputs()]
-
-        def run(*inputs: Tensor) -> list[Tensor]:
-            if len(inputs) != len(names):
-                raise ExportError(f"{FILE} takes {len(names)} inputs, {len(inputs)} were given")
-            feed = {n: t.detach().cpu().numpy() for n, t in zip(names, inputs, strict=True)}
-            try:
-                return [torch.from_numpy(array) for array in session.run(None, feed)]
-            except Exception as error:  # onnxruntime's classes share no public base
-                raise ExportError(f"{FILE} does not run on these inputs: {error}") from error
-
-        return run
+        return _opened(directory).runner(threads)
 
     def operators(self, directory: Path) -> dict[str, int]:
         """Operator types that ONNX Runtime executes; of an engine, that there is one.
@@ -132,26 +113,14 @@ class TensorRT(Backend):
         """
         if self._builds():
             return {self._engine_name(directory): 1}
-        onnx = required("onnx", "tensorrt")
-        with tempfile.TemporaryDirectory() as folder:
-            optimized = Path(folder) / "optimized.onnx"
-            _session(directory, 1, optimized)
-            nodes = onnx.load(optimized, load_external_data=False).graph.node
-            return dict(sorted(Counter(node.op_type for node in nodes).items()))
+        return _opened(directory).operators()
 
     def profile(self, directory: Path, inputs: tuple[Tensor, ...]) -> dict[str, float]:
         """Times of ONNX Runtime's kernels; of an engine, its time on the GPU as a whole."""
         if self._builds():
             ran = engine.Engine(self._plan(directory))
             return {self._engine_name(directory): ran.milliseconds(*inputs)}
-        with tempfile.TemporaryDirectory() as folder:
-            session = _session(directory, 1, profile=Path(folder) / "run")
-            names = [i.name for i in session.get_inputs()]
-            feed = {n: t.detach().cpu().numpy() for n, t in zip(names, inputs, strict=True)}
-            for _ in range(_WARM_UP + _PROFILED):
-                session.run(None, feed)
-            events = json.loads(Path(session.end_profiling()).read_text())
-        return _kernel_times(events)
+        return _opened(directory).profile(inputs)
 
     def _converted(self, deployable: Deployable) -> Any:
         """The ``onnx.ModelProto``."""
@@ -199,45 +168,17 @@ def _file(directory: Path) -> bytes:
         raise ExportError(f"{directory / FILE} is missing: export again") from error
 
 
-def _session(
-    directory: Path, threads: int, optimized: Path | None = None, profile: Path | None = None
-) -> Any:
-    """ONNX Runtime's session.
+def _opened(directory: Path) -> OnnxFile:
+    """The file for ONNX Runtime.
 
     Where a layer with float weights reads a rounded tensor, nothing is fused to integers: ONNX
     Runtime would round those weights too, which the file does not say (WeightBiasQuantization).
     """
-    runtime = required("onnxruntime", "tensorrt")
     from slimkit_tensorrt.graph import float_layers_between_roundings
 
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # fatal; anything less is raised as an exception anyway
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    data = _file(directory)
+    path, data = directory / FILE, _file(directory)
     try:
-        if float_layers_between_roundings(data):
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-        if optimized is not None:
-            options.optimized_model_filepath = str(optimized)
-        if profile is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(profile)
-        return runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime and protobuf raise classes without a public base
-        if optimized is not None:
-            refuse_full(optimized.parent)
-        raise ExportError(f"ONNX Runtime cannot load {directory / FILE}: {error}") from error
-
-
-def _kernel_times(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Milliseconds per operator type and run, from the events of a profile."""
-    runs = sorted(e["ts"] for e in events if e["name"] == "model_run")[_WARM_UP:]
-    times = [Counter[str]() for _ in runs]  # microseconds
-    for event in events:
-        n = bisect.bisect_right(runs, event["ts"]) - 1
-        if n >= 0 and event["name"].endswith("_kernel_time"):
-            times[n][event["args"]["op_name"]] += event["dur"]
-    types = sorted({name for one in times for name in one})
-    return {name: statistics.median(one[name] for one in times) / 1000 for name in types}
+        apart = float_layers_between_roundings(data)
+    except Exception as error:  # protobuf raises classes without a public base
+        raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+    return OnnxFile(path, "tensorrt", {"session.disable_quant_qdq": "1"} if apart else None)

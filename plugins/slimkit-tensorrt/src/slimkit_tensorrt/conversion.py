@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from slimkit.interfaces import Deployable
-from slimkit.onnx_export import to_onnx
+from slimkit.onnx_export import add_constant, array_of, strip_, to_onnx
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -29,7 +27,9 @@ def convert(deployable: Deployable, *, half: bool = False) -> Any:
     store_transposed_(model.graph)
     if half:
         layers_in_half_(model.graph)
-    _strip_(model)
+    strip_(model)
+    for number, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{number}"
     return ir.to_proto(model)
 
 
@@ -40,12 +40,12 @@ def store_transposed_(graph: ir.Graph) -> None:
     """
     for transpose in list(graph):
         dq = transpose.inputs[0].producer() if transpose.op_type == "Transpose" else None
-        weight = _array(dq.inputs[0]) if dq is not None else None
+        weight = array_of(dq.inputs[0]) if dq is not None else None
         if dq is None or dq.op_type != "DequantizeLinear" or weight is None:
             continue
         order = transpose.attributes.get_ints("perm", list(reversed(range(weight.ndim))))
         axis = order.index(dq.attributes.get_int("axis", 1) % weight.ndim)
-        stored = _const(graph, np.ascontiguousarray(weight.transpose(order)))
+        stored = add_constant(graph, np.ascontiguousarray(weight.transpose(order)))
         new = ir.Node(
             "",
             "DequantizeLinear",
@@ -70,9 +70,9 @@ def layers_in_half_(graph: ir.Graph) -> None:
         for number, value in enumerate(node.inputs):
             if value is None:
                 continue
-            array = _array(value)
+            array = array_of(value)
             if array is not None:
-                half = _const(graph, array.astype(np.float16))
+                half = add_constant(graph, array.astype(np.float16))
             else:
                 cast = _cast(value, ir.DataType.FLOAT16)
                 graph.insert_before(node, cast)
@@ -98,23 +98,6 @@ def _replace_uses(graph: ir.Graph, old: ir.Value, by: ir.Node) -> None:
             graph.outputs[number] = new
 
 
-def _strip_(model: ir.Model) -> None:
-    """Drop metadata and the exporter's names; inputs and outputs keep theirs, nodes get numbers."""
-    common.RemoveUnusedNodesPass()(model)
-    common.ClearMetadataAndDocStringPass()(model)
-    common.DeduplicateInitializersPass()(model)
-    model.producer_name, model.producer_version = "slimkit", None
-    graph = model.graph
-    outer = {id(v): v.name for v in (*graph.inputs, *graph.outputs)}
-    names = (name for i in itertools.count() if (name := f"t{i}") not in outer.values())
-    for value in [v for n in graph for v in n.outputs] + list(graph.initializers.values()):
-        value.metadata_props.clear()
-        if id(value) not in outer:
-            value.name, value.shape, value.type = next(names), None, None
-    for number, node in enumerate(graph):
-        node.name = f"{node.op_type}_{number}"
-
-
 def _dequantized(value: ir.Value | None) -> bool:
     node = value.producer() if value is not None else None
     return node is not None and node.op_type == "DequantizeLinear"
@@ -128,21 +111,3 @@ def _cast(value: ir.Value, to: ir.DataType) -> ir.Node:
     node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(to))], num_outputs=1)
     node.outputs[0].type, node.outputs[0].shape = ir.TensorType(to), value.shape
     return node
-
-
-def _array(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None else tensor.numpy()
-
-
-def _const(graph: ir.Graph, array: np.ndarray[Any, Any]) -> ir.Value:
-    name = f"slimkit_{len(graph.initializers)}"  # unique: constants are only added here
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(tensor.shape),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
