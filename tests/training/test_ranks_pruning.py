@@ -171,9 +171,9 @@ def test_a_process_that_keeps_other_channels_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("torchrun", [False, True], ids=["lightning", "torchrun"])
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun", "srun"])
 def test_a_recipe_runs_on_two_processes_and_one_of_them_exports(
-    tmp_path: Path, torchrun: bool
+    tmp_path: Path, launcher: str
 ) -> None:
     recipe = {
         "model": {"target": "lit:Lit", "options": {"wide": 2}},
@@ -187,9 +187,13 @@ def test_a_recipe_runs_on_two_processes_and_one_of_them_exports(
     here = Path(__file__).parent
     paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
     command = [str(SCRIPTS / "slimkit"), "run", "recipe.yaml", "--output", "out", "--json"]
-    launch = [str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--no-python"]
+    launch = {
+        "lightning": [],
+        "torchrun": [str(SCRIPTS / "torchrun"), "--nproc-per-node", "2", "--no-python"],
+        "srun": [sys.executable, str(Path(__file__).with_name("like_srun.py"))],
+    }
     done = subprocess.run(
-        [*(launch if torchrun else []), *command],
+        [*launch[launcher], *command],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
