@@ -1,12 +1,12 @@
 r"""Networks by targets: what preflight foretold, what the files then did, and at what cost.
 
-    python benchmarks/zoo/targets.py --output runs/targets \
-        --python litert=.venv-litert/bin/python --python executorch=.venv-executorch/bin/python
-    PYTHONPATH=.:benchmarks python benchmarks/zoo/targets.py --output runs/targets-measured \
-        --data ../shared/data --only MEASURED --seconds 1 --jobs 1 ...
+    PYTHONPATH=.:benchmarks python benchmarks/zoo/targets.py --output runs/targets \
+        --data ../shared/data --python litert=.venv-litert/bin/python \
+        --python executorch=.venv-executorch/bin/python
 
-With --data the pretrained networks of benchmarks/tasks.py come first. An interrupted run goes on
-where it stopped: what is in results.jsonl is not run again.
+With --data the pretrained networks of benchmarks/tasks.py come first; their files, and those of ten
+of the zoo, are timed and weighed as well. An interrupted run goes on where it stopped: what is in
+results.jsonl is not run again.
 """
 
 from __future__ import annotations
@@ -150,25 +150,25 @@ def main() -> None:
         help="interpreter of a backend that lies in an environment of its own",
     )  # fmt: skip
     parser.add_argument("--data", help="the data folder, for the pretrained networks")
-    parser.add_argument("--only", default="", help="names, separated by commas, or MEASURED")
+    parser.add_argument("--only", default="", help="names, separated by commas")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for one process")
-    parser.add_argument("--seconds", type=float, default=0.0, help="to measure each file for")
+    parser.add_argument("--seconds", type=float, default=0.5, help="to measure a file for")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     given = parser.parse_args()
     runtimes = given.backends.split(",")
     pythons = dict(entry.split("=", 1) for entry in given.python)
-    names = {"": None, "MEASURED": set(MEASURED)}.get(given.only, set(given.only.split(",")))
-    wanted = [("data", name) for name in PRETRAINED if given.data] + [
-        (library, name) for library, name in architectures() if name not in HEAVY
-    ]
-    wanted = [a for a in wanted if names is None or a[0] == "data" or a[1] in names]
+    zoo = [(library, name) for library, name in architectures() if name not in HEAVY]
+    wanted = [("data", name) for name in PRETRAINED if given.data]
+    wanted += sorted(zoo, key=lambda one: one[1] not in MEASURED)
+    wanted = [a for a in wanted if not given.only or a[1] in given.only.split(",")]
     given.output.mkdir(parents=True, exist_ok=True)
     kept = given.output / "results.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
     done = {(row["name"], row["backend"]) for row in rows}
 
     def make(library: str, name: str, runtime: str) -> Row:
-        arguments = [library, name, runtime, "--seconds", str(given.seconds)]
+        measured = library == "data" or name in MEASURED
+        arguments = [library, name, runtime, "--seconds", str(given.seconds if measured else 0)]
         arguments += ["--data", given.data] if given.data else []
         row = {"library": library, "name": name, "backend": runtime}
         python = pythons.get(runtime, sys.executable)
@@ -188,7 +188,8 @@ def main() -> None:
     rows.sort(key=lambda row: order[row["name"], row["backend"]])
     table = "\n".join([
         f"({machine('torch', 'torchvision', 'timm', *RUNTIMES, 'ai-edge-litert')})", "",
-        preflights(rows, runtimes), files(rows, runtimes),
+        preflights([row for row in rows if row["library"] != "data"], runtimes),
+        files([r for r in rows if r["library"] == "data" or r["name"] in MEASURED], runtimes),
     ])  # fmt: skip
     (given.output / "results.md").write_text(table)
     print(table)
