@@ -66,11 +66,12 @@ format: $(TEST)/.ready  ## rewrite the code in the house's style
 	$(TEST)/bin/ruff check --fix
 	$(TEST)/bin/ruff format
 
-bench: $(TEST)/.ready  ## all of benchmarks/, hours; SLIMKIT_DATA names the data folder
+bench: $(TEST)/.ready $(LITERT)/.ready $(EXECUTORCH)/.ready  ## all of benchmarks/, hours; SLIMKIT_DATA names the data folder
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/run.py --output runs/zoo
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/run.py --tool torch-pruning --output runs/zoo-peer
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/versus.py --output runs/versus.md
 	PYTHONPATH=$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/quantized.py --output runs/zoo-quantized
+	PYTHONPATH=.:benchmarks:$(ZOO_PATH) $(TEST)/bin/python benchmarks/zoo/targets.py --data $(SLIMKIT_DATA) --output runs/targets --python litert=$(LITERT)/bin/python --python executorch=$(EXECUTORCH)/bin/python
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/rounding.py --output runs/rounding.md
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/criteria.py --data $(SLIMKIT_DATA) --output runs/criteria.md
 	PYTHONPATH=.:benchmarks $(TEST)/bin/python benchmarks/allocation.py --data $(SLIMKIT_DATA) --output runs/allocation.md

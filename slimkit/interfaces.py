@@ -213,6 +213,8 @@ class Scheme:
         prescribed: operations whose output has one grid whatever the data, as the runtime
             computes them with a table: (operation, scale, zero point). Those of `steps` take the
             grid of the operation inside them. Only with ``tensors``.
+        tables: functions of one tensor that the runtime looks up among integers where what they
+            read and what they make is rounded for others; nothing is rounded for their sake.
         depthwise: whether convolutions of one input channel a group compute on integers as well.
         arithmetic: how a convolution or linear layer turns its sums of integers into its output,
             so that slimkit can follow it to the last bit (`slimkit.quantization.exact`).
@@ -241,6 +243,7 @@ class Scheme:
     arithmetic: Literal["unknown", "requantize", "dequantize", "fused", "reciprocal"] = "unknown"
     rounds_outputs: bool = False
     prescribed: tuple[tuple[str, float, int], ...] = ()
+    tables: frozenset[str] = frozenset()
 
     def narrowed(self, weight_bits: int | None) -> Scheme:
         """The same with weights of fewer bits, which the backend stores and computes as its own.
@@ -258,9 +261,12 @@ class Scheme:
         return replace(self, weights=replace(self.weights, bits=weight_bits))
 
     def holds(self, other: Scheme) -> bool:
-        """Whether the backend computes what `other` says: the same, or narrower weights."""
+        """Whether the backend computes what `other` says: the same, or narrower weights.
+
+        `tables` does not matter: it changes no number.
+        """
         fits = other.weights.bits <= self.weights.bits
-        return fits and self.narrowed(other.weights.bits) == other
+        return fits and replace(self.narrowed(other.weights.bits), tables=other.tables) == other
 
 
 @dataclass(frozen=True)

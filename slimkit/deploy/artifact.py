@@ -268,7 +268,9 @@ def _scheme_out(scheme: Scheme) -> dict[str, Any]:
 
 
 def _scheme_in(saved: Mapping[str, Any]) -> Scheme:
-    sets = {k: frozenset(saved.get(k, ())) for k in ("operations", "keeps", "fuses", "steps")}
+    sets = {
+        k: frozenset(saved.get(k, ())) for k in ("operations", "keeps", "fuses", "steps", "tables")
+    }
     grids = {k: Grid(**saved[k]) for k in ("activations", "weights")}
     prescribed = tuple((op, scale, zero) for op, scale, zero in saved.get("prescribed", ()))
     return Scheme(**{**saved, **sets, **grids, "prescribed": prescribed})

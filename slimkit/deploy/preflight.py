@@ -131,6 +131,8 @@ def _in_float(traced: Trace, simulated: QuantizedModel, scheme: Scheme) -> list[
     for call in traced.calls:
         known = call.op in scheme.operations | scheme.steps
         silent = call.op in _MOVES | scheme.keeps | scheme.fuses | {"batch_norm"}
+        if call.op in scheme.tables:
+            silent = call.name in sites.outputs and sites.source(call, traced) is not None
         if call.name in sites.skipped:
             reason = sites.skipped[call.name]
         elif known or silent or not call.inputs:
@@ -138,7 +140,7 @@ def _in_float(traced: Trace, simulated: QuantizedModel, scheme: Scheme) -> list[
         else:
             reason = "not among what it computes in integers"
             better, rewrite = _REWRITES.get(call.op, ("", ""))
-            if better in scheme.operations | scheme.steps:
+            if better in scheme.operations | scheme.steps | scheme.tables:
                 reason += f"; rewrite: [{rewrite}] makes it {better}, which is"
         found.setdefault((call.op, reason), []).append(call)
     ordered = sorted(found.items(), key=lambda item: -len(item[1]))

@@ -171,6 +171,35 @@ def test_layers_in_front_of_activations_in_place_compute_on_integers(tmp_path: P
     }
 
 
+def test_tables_are_foretold() -> None:
+    """GELU and hard-swish between layers; not the hard-swish in front of a subtraction's SiLU."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.Hardswish(), nn.Conv2d(16, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1),
+        nn.SiLU(), nn.Hardswish(),
+    )  # fmt: skip
+    (_, found) = preflight(net.eval(), (normal(1, 3, 8, 8),), {"executorch": ExecuTorch()})
+    assert [line.split(":")[0] for line in found.in_float] == [
+        "silu, 1 call (5)",
+        "hardswish, 1 call (6)",
+    ]
+
+
+def test_tables_are_in_the_file(tmp_path: Path) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.Hardswish(), nn.Conv2d(16, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1),
+        nn.LeakyReLU(), nn.Conv2d(8, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 8, 1), nn.Tanh(),
+        nn.Conv2d(8, 8, 1),
+    )  # fmt: skip
+    found = case(net, normal(8, 3, 8, 8), directory=tmp_path).operators()
+    tables = {kind for kind in found if kind.endswith(" int8")} - {
+        "Convolution int8",
+        "Transpose int8",
+    }
+    assert tables == {
+        f"{kind} int8" for kind in ("HardSwish", "Gelu", "LeakyReLU", "Sigmoid", "Tanh")
+    }
+
+
 def test_portable_kernels_are_named_before_training() -> None:
     for found in preflight(Attention(), (normal(1, 12, 32),), {"executorch": ExecuTorch()}):
         assert any(line.startswith("native_layer_norm, 1 call,") for line in found.remarks)

@@ -47,6 +47,7 @@ class ExecuTorch(Backend):
             | {"interpolate"}
         ),
         fuses=frozenset({"batch_norm", "relu", "relu6", "hardtanh", "clamp", "clip"}),
+        tables=frozenset({"hardswish", "sigmoid", "tanh", "gelu", "leaky_relu"}),
         bias_bits=32,
         arithmetic="requantize",
     )
