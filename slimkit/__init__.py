@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimkit.deploy.artifact import load
     from slimkit.deploy.export import Artifact, export
+    from slimkit.deploy.preflight import Preflight, preflight
     from slimkit.deploy.save import save
     from slimkit.errors import SlimkitError
     from slimkit.hookspecs import Plugin, hookimpl
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
 _WHERE = {
     "Artifact": "slimkit.deploy.export",
     "Plugin": "slimkit.hookspecs",
+    "Preflight": "slimkit.deploy.preflight",
     "Recipe": "slimkit.recipe",
     "SlimModule": "slimkit.training.module",
     "SlimkitError": "slimkit.errors",
     "export": "slimkit.deploy.export",
     "hookimpl": "slimkit.hookspecs",
     "load": "slimkit.deploy.artifact",
+    "preflight": "slimkit.deploy.preflight",
     "prune": "slimkit.pruning.prune",
     "quantize": "slimkit.quantization.calibration",
     "rewrite": "slimkit.rewriting.rewrite",
@@ -38,12 +41,14 @@ _WHERE = {
 __all__ = [
     "Artifact",
     "Plugin",
+    "Preflight",
     "Recipe",
     "SlimModule",
     "SlimkitError",
     "export",
     "hookimpl",
     "load",
+    "preflight",
     "prune",
     "quantize",
     "rewrite",

@@ -62,16 +62,6 @@ def _check_targets(recipe: str, as_json: bool) -> None:
         click.echo(json.dumps({"recipe": recipe, "problems": [], "targets": listed}, indent=2))
         raise SystemExit(2 if bad else 0)
     for result in results:
-        click.echo(
-            f"{result.backend}, {result.kind}: {'cannot run' if result.problems else 'runs'}"
-        )
-        for title, lines in (
-            ("", result.problems),
-            ("in float: ", result.in_float),
-            ("slow: ", result.slow),
-            ("in the file: ", result.remarks),
-        ):
-            for line in lines:
-                click.echo(f"  {title}{line}")
+        click.echo(str(result))
     if bad:
         raise SystemExit(2)

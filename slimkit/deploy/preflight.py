@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import nn
 
+from slimkit.batches import as_inputs, first_sample
 from slimkit.calls import WEIGHTED, Call, Trace, trace
 from slimkit.errors import ExportError, SlimkitError
+from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, Scheme
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import finish
-from slimkit.registry import blame_for
+from slimkit.registry import blame_for, discover
 
 _MOVES = frozenset({
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "T", "mT", "movedim",
@@ -52,11 +54,18 @@ class Preflight:
     slow: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        lines = [f"{self.backend}, {self.kind}: {'cannot run' if self.problems else 'runs'}"]
+        lines += [f"  {line}" for line in self.problems]
+        lines += [f"  in float: {line}" for line in self.in_float]
+        lines += [f"  slow: {line}" for line in self.slow]
+        return "\n".join([*lines, *(f"  in the file: {line}" for line in self.remarks)])
+
 
 def preflight(
     model: nn.Module,
-    inputs: tuple[Any, ...],
-    backends: Mapping[str, Backend],
+    example_inputs: Any,
+    backends: str | Backend | Iterable[str | Backend] | Mapping[str, Backend] = "onnxruntime",
     *,
     quantized: bool = True,
     weights: str | Mapping[str, Any] = "minmax",
@@ -68,22 +77,51 @@ def preflight(
 
     Args:
         model: in float; it is not changed.
-        inputs: one sample of its inputs, on which ranges are found as well.
-        backends: by name.
+        example_inputs: a tensor, or a tuple of the forward's arguments: of samples on which ranges
+            are found as well. The first one has the file's shapes.
+        backends: plugins' names, or instances, one or several; or instances by name.
         quantized: whether int8 is asked about.
         weights: quantizer of the weights.
         activations: quantizer of the activations.
         keep_float: patterns of layers that stay in float.
         weight_bits: width of the weights' integers.
+
+    Returns:
+        For each backend one of float and, if asked, one of int8; ``print`` them.
+
+    Raises:
+        SlimkitError: the model is not in float, or a backend's name is unknown.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8))
+        >>> print(preflight(net, torch.randn(1, 3, 8, 8), "ncnn")[1])
+        ncnn, int8: runs
+          in float: group_norm, 1 call (1): not among what it computes in integers
     """
-    found = []
-    for name, backend in backends.items():
-        problems, remarks = _asked(model, inputs, backend)
-        found.append(Preflight(name, "float", problems, remarks=remarks))
-        if quantized:
-            options = {"weights": weights, "activations": activations, "weight_bits": weight_bits}
-            found.append(_integers(model, inputs, name, backend, [*keep_float], options))
+    if isinstance(model, QuantizedModel):
+        raise SlimkitError("preflight takes the float model, and makes its int8 itself")
+    inputs, found = as_inputs(example_inputs), []
+    options = {"weights": weights, "activations": activations, "weight_bits": weight_bits}
+    with evaluating(model):
+        for name, backend in _named(backends):
+            problems, remarks = _asked(model, inputs, backend)
+            found.append(Preflight(name, "float", problems, remarks=remarks))
+            if quantized:
+                found.append(_integers(model, inputs, name, backend, [*keep_float], options))
     return found
+
+
+def _named(
+    backends: str | Backend | Iterable[str | Backend] | Mapping[str, Backend],
+) -> list[tuple[str, Backend]]:
+    """The backends by name."""
+    if isinstance(backends, Mapping):
+        return [*backends.items()]
+    known = discover()
+    several = [backends] if isinstance(backends, str | Backend) else backends
+    made = [known.create("backend", one) if isinstance(one, str) else one for one in several]
+    return [(known.name_of("backend", one), one) for one in made]
 
 
 def _asked(
@@ -91,7 +129,7 @@ def _asked(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What the backend says stands in the way, and if nothing does, of what comes out."""
     try:
-        deployable = finish(model, inputs)
+        deployable = finish(model, first_sample(inputs))
         with blame_for("backend", backend, f"checking {type(model).__name__}"):
             problems = backend.check(deployable)
             return tuple(problems), () if problems else tuple(backend.remarks(deployable))

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import slimkit
 from slimkit.builtin.backends.reference import Reference
 from slimkit.deploy.deployed import compile_
 from slimkit.deploy.preflight import preflight
-from slimkit.errors import ExportError, UnavailableError
+from slimkit.errors import ExportError, SlimkitError, UnavailableError
 from slimkit.interfaces import Deployable
 from slimkit.quantization.calibration import quantize
 from slimkit.registry import discover
@@ -126,6 +127,23 @@ def test_a_backend_says_more_of_its_files_itself() -> None:
 def test_a_missing_runtime_is_one_targets_problem_and_not_the_next_ones() -> None:
     found = preflight(Mixed().eval(), IMAGE, {"missing": Missing(), "talking": Talking()})
     assert [f.problems for f in found] == [("the board is off",)] * 2 + [()] * 2
+
+
+def test_backends_are_named_or_given_and_batches_are_one_sample() -> None:
+    model, x = Mixed().train(), torch.randn(4, 3, 16, 16)
+    found = slimkit.preflight(model, x, ["onnxruntime", Talking()])
+    assert [f.backend for f in found][:2] == ["onnxruntime"] * 2
+    assert found[3].backend.endswith(":Talking")
+    assert str(found[3]).splitlines()[0].endswith(":Talking, int8: runs")
+    assert str(found[3]).splitlines()[-1] == "  in the file: norms run on the host"
+    assert model.training
+    assert slimkit.preflight(model, x) == slimkit.preflight(model, x, "onnxruntime")
+
+
+def test_what_is_rounded_already_is_refused() -> None:
+    small = quantize(Mixed().eval(), [IMAGE], "onnxruntime")
+    with pytest.raises(SlimkitError, match="takes the float model"):
+        slimkit.preflight(small, IMAGE)
 
 
 def test_nothing_changes_in_the_model() -> None:
