@@ -35,6 +35,19 @@ class Mixed(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Strided(nn.Module):
+    """A block whose two paths read the same tensor, one of them padded as TensorFlow pads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.short = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 1, 2)
+        self.long, self.head = nn.Conv2d(8, 16, 3, 2), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(self.long(F.pad(x, (0, 1, 0, 1))) + self.short(x)))
+
+
 class Padded(nn.Module):
     """Pads on two sides only, clips, and leaves through a layer, in the order of its channels."""
 

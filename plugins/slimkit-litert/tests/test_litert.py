@@ -17,7 +17,7 @@ pytest.importorskip("slimkit_litert", reason="`make test-slow` installs it in .v
 pytest.importorskip("ai_edge_litert", reason="needs LiteRT: pip install ai-edge-litert")
 
 from ai_edge_litert.interpreter import Interpreter, OpResolverType  # noqa: E402
-from litert_nets import Layers, Mixed, Named, Padded, normal  # noqa: E402
+from litert_nets import Layers, Mixed, Named, Padded, Strided, normal  # noqa: E402
 from slimkit_litert.backend import LiteRt  # noqa: E402
 
 import slimkit  # noqa: E402
@@ -157,6 +157,16 @@ def test_only_borders_compute_in_float(name: str, tmp_path: Path) -> None:
     found = LiteRt().operators(case(net, inputs, directory=tmp_path).directory)
     floats = {operator: n for operator, n in found.items() if not operator.endswith(" int8")}
     assert floats == {"QUANTIZE": 1, "DEQUANTIZE": 1}
+
+
+def test_a_padding_beside_another_reader_computes_on_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = case(Strided(), normal(8, 3, 16, 16), directory=tmp_path)
+    made.model = exact(made.model, tuple(x[:1] for x in made.inputs))
+    assert torch.equal(*made.compared())
+    found = LiteRt().operators(made.directory)
+    assert found["CONV_2D int8"] == 4
+    assert {kind for kind in found if not kind.endswith("int8")} == {"QUANTIZE", "DEQUANTIZE"}
 
 
 def test_what_computes_in_float_is_named(int8: dict[str, Case]) -> None:

@@ -18,6 +18,7 @@ from slimkit.silence import silenced
 from slimkit_litert.quiet import quiet
 
 _ops = torch.ops.quantized_decomposed
+_PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
 _CONVERTER = "--no-deps --requirement plugins/slimkit-litert/converter.txt"  # of the repository
 
 
@@ -103,9 +104,28 @@ def _with_rounded_weights(deployable: Deployable) -> nn.Module:
             _ops.dequantize_per_tensor.default,
         ):
             _unfold_(module, node)
+    _dequantize_for_paddings_(module)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _dequantize_for_paddings_(module: GraphModule) -> None:
+    """Give each reader of what is padded a dequantization of its own.
+
+    litert-torch 0.10 loses the shape of a dequantization that a padding and a convolution share,
+    and then refuses to lay it out channels last.
+    """
+    for node in [*module.graph.nodes]:
+        if node.target is not _ops.dequantize_per_tensor.default:
+            continue
+        readers = [*node.users]
+        if not any(reader.target in _PADS for reader in readers):
+            continue
+        for reader in readers[1:]:
+            with module.graph.inserting_before(node):
+                own = module.graph.node_copy(node)
+            reader.replace_input_with(node, own)
 
 
 def _unfold_(module: GraphModule, node: Node) -> None:
