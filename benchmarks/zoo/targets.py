@@ -20,7 +20,8 @@ from pathlib import Path
 from rich.progress import track
 from rows import Row, architectures, cell, machine, row_of
 
-RUNTIMES = ("onnxruntime", "openvino", "ncnn", "litert", "executorch", "tensorrt")
+RUNTIMES = ("onnxruntime", "openvino", "ncnn", "tensorrt", "litert", "executorch")
+SLOW = ("litert", "executorch")  # to compile: they come last
 PRETRAINED = (
     "resnet20", "resnet56", "resnet8", "resnet8_wide", "mobilenet_v1", "squeezenet", "yolox_nano",
     "fastestdet", "sst2",
@@ -174,16 +175,16 @@ def main() -> None:
         python = pythons.get(runtime, sys.executable)
         return row_of("targets_one.py", arguments, row, given.limit, python)
 
-    missing = [(*a, runtime) for a in wanted for runtime in runtimes if (a[1], runtime) not in done]
+    every = [(*a, runtime) for a in wanted for runtime in runtimes]
+    missing = [one for one in every if one[1:] not in done]
+    missing.sort(key=lambda one: one[0] != "data" and one[1] not in MEASURED and one[2] in SLOW)
     with ThreadPoolExecutor(given.jobs) as pool:
         made = pool.map(lambda one: make(*one), missing)
         for row in track(made, "compiling", total=len(missing)):
             rows.append(row)
             with kept.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-    order = {(name, runtime): n for n, (_, name, runtime) in enumerate(
-        (*a, runtime) for a in wanted for runtime in runtimes
-    )}  # fmt: skip
+    order = {one[1:]: n for n, one in enumerate(every)}
     rows = [row for row in rows if (row["name"], row["backend"]) in order]
     rows.sort(key=lambda row: order[row["name"], row["backend"]])
     table = "\n".join([

@@ -12,7 +12,6 @@ import re
 import tempfile
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,8 @@ def row_of(
             if isinstance(file, str):
                 row["failure"] = file
                 continue
-            expected = [torch.cat(c) for c in zip(*map(partial(simulate, made), test.split(16)))]
+            parts = [simulate(made, part) for part in test.split(16)]
+            expected = [torch.cat(column) for column in zip(*parts, strict=True)]
             agreement = judged(file, expected, test)
             if isinstance(agreement, str):
                 row["failure"] = agreement
