@@ -33,6 +33,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def pixels(*shape: int, seed: int = 0) -> Tensor:
+    """Images as networks of TensorFlow take them, all half-way between integers of a grid."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, generator=generator) / 127.5 - 1
+
+
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model with batch-norms as after a training: statistics, gammas and betas all differ."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,6 +96,18 @@ class Shifted(nn.Module):
 
     def forward(self, x):
         return self.shift + self.a(self.offset + x)
+
+
+class Two(nn.Module):
+    """Takes two inputs, gives named outputs of several types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 16), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        a, b = self.left(x), self.right(y)
+        return {"sum": a + b, "larger": a > b, "best": a.argmax(-1), "first": a}
 
 
 class Device(Backend):

@@ -97,13 +97,3 @@ def simulate(deployed: Deployable, *inputs: Tensor) -> list[Tensor]:
     with torch.no_grad():
         out = _module(deployed.program)(*inputs)
     return tensors_of(out)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def sqnr(reference: Tensor, other: Tensor) -> float:
-    """Signal to noise in decibels."""
-    noise = (reference - other).double().square().sum().clamp(min=1e-30)
-    return float(10 * torch.log10(reference.double().square().sum() / noise))

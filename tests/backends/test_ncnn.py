@@ -13,7 +13,9 @@ import pnnx
 import pytest
 import torch
 import torch.nn.functional as F
-from quantized_programs import Layer, Round, deployable, normal, simulate, sqnr
+from compiled import sqnr
+from nets import normal
+from quantized_programs import Layer, Round, deployable, simulate
 from torch import Tensor, nn
 
 from slimkit.builtin.backends.ncnn import Ncnn

@@ -10,7 +10,9 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from quantized_programs import Layer, Round, deployable, normal, simulate, sqnr
+from compiled import sqnr
+from nets import normal
+from quantized_programs import Layer, Round, deployable, simulate
 from torch import Tensor, nn
 
 from slimkit.builtin.backends import onnxruntime as backend

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_programs import Layer, Round, deployable, normal, simulate
+from nets import normal
+from quantized_programs import Layer, Round, deployable, simulate
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

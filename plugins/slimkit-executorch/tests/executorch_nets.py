@@ -7,16 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pixels(*shape: int) -> Tensor:
-    """Images from -1 to 1, all of them half-way between two integers of their grid."""
-    values = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
-    return values / 127.5 - 1
-
-
 class Mixed(nn.Module):
     """Residuals, concatenation, pooling of both kinds, a depthwise layer, ReLU6 and hard-swish."""
 
@@ -130,18 +120,6 @@ class Ghost(nn.Module):
         y = y * functional.hardsigmoid(self.gate(z))
         y = functional.hardtanh_(self.second(y), 0.0, 1.0)[:, :, :, :]
         return self.third(y)
-
-
-class Two(nn.Module):
-    """Takes two inputs, gives named outputs of several types."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(8, 16), nn.Linear(8, 16)
-
-    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        a, b = self.left(x), self.right(y)
-        return {"sum": a + b, "larger": a > b, "best": a.argmax(-1), "first": a}
 
 
 class Unknown(nn.Module):

@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiled import Case, case, fixtures
 from executorch_nets import (
     Attention,
     Functions,
@@ -20,67 +20,21 @@ from executorch_nets import (
     Mixed,
     Padded,
     Shuffle,
-    Two,
     Unknown,
-    normal,
-    pixels,
 )
+from nets import Two, normal, pixels
 from torch import Tensor, nn
 
 import slimkit
 from slimkit.deploy.agreement import compare
 from slimkit.deploy.preflight import preflight
 from slimkit.errors import ExportError
-from slimkit.interfaces import Deployable, tensors_of
-from slimkit.quantization.exact import exact
 from slimkit.quantization.finished import finish
 
 pytest.importorskip("executorch", reason="needs executorch: `make test-slow` has an environment")
 backend = pytest.importorskip("slimkit_executorch.backend")
 inspection = pytest.importorskip("slimkit_executorch.inspection")
 ExecuTorch, Loaded = backend.ExecuTorch, inspection.Loaded
-
-
-@dataclass
-class Case:
-    """A network, what it was quantized to, and the folder of its compiled file."""
-
-    model: nn.Module
-    inputs: tuple[Tensor, ...]
-    deployable: Deployable
-    directory: Path
-
-    def operators(self) -> dict[str, int]:
-        return ExecuTorch().operators(self.directory)
-
-    @torch.no_grad()
-    def outputs(self) -> list[Tensor]:
-        """All outputs of the file for all samples."""
-        run = ExecuTorch().load(self.directory)
-        found = [run(*(x[n : n + 1] for x in self.inputs)) for n in range(len(self.inputs[0]))]
-        return [torch.cat(column) for column in zip(*found, strict=True)]
-
-    @torch.no_grad()
-    def expected(self) -> list[Tensor]:
-        """The same of the float model or the simulation."""
-        return tensors_of(self.model(*self.inputs))
-
-    @torch.no_grad()
-    def exact(self) -> list[Tensor]:
-        """The same of the float model or the simulation on integers."""
-        model = exact(self.model, tuple(x[:1] for x in self.inputs))
-        return tensors_of(model(*self.inputs))
-
-
-def case(net: nn.Module, *inputs: Tensor, directory: Path, quantized: bool = True) -> Case:
-    net = net.eval()
-    if quantized:
-        net = slimkit.quantize(net, [inputs], backend=ExecuTorch(), activations="minmax").eval()
-    deployable = finish(net, tuple(x[:1] for x in inputs))
-    directory.mkdir(exist_ok=True)
-    ExecuTorch().compile(deployable, directory)
-    return Case(net, inputs, deployable, directory)
-
 
 NETS = {
     "mixed": (Mixed, normal(16, 3, 24, 24)),
@@ -91,30 +45,7 @@ NETS = {
     "functions": (Functions, normal(8, 8, 8, 8)),
     "ghost": (Ghost, normal(8, 3, 16, 16)),
 }
-
-
-@pytest.fixture(scope="module", params=NETS)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Each network quantized and compiled, once."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("int8")
-    return {name: case(net(), x, directory=folder / name) for name, (net, x) in NETS.items()}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Each network compiled in float, once."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("float")
-    return {
-        name: case(net(), x, directory=folder / name, quantized=False)
-        for name, (net, x) in NETS.items()
-    }
+name, int8, dense = fixtures(ExecuTorch(), NETS)
 
 
 def test_a_float_file_computes_what_torch_computes(dense: dict[str, Case], name: str) -> None:
@@ -164,7 +95,7 @@ def test_operators_that_compute_in_float_are_named(int8: dict[str, Case]) -> Non
 def test_layers_in_front_of_activations_in_place_compute_on_integers(tmp_path: Path) -> None:
     """As torchvision and timm write them: overwritten, joined and sliced."""
     torch.manual_seed(0)
-    found = case(Ghost(), normal(8, 3, 16, 16), directory=tmp_path).operators()
+    found = case(ExecuTorch(), Ghost(), normal(8, 3, 16, 16), directory=tmp_path).operators()
     assert found["Convolution int8"] + found["ConvolutionDepthWise int8"] == 7
     assert not {"Convolution", "ConvolutionDepthWise", "alias_copy", "_to_dim_order_copy"} & {
         *found
@@ -190,7 +121,7 @@ def test_tables_are_in_the_file(tmp_path: Path) -> None:
         nn.LeakyReLU(), nn.Conv2d(8, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 8, 1), nn.Tanh(),
         nn.Conv2d(8, 8, 1),
     )  # fmt: skip
-    found = case(net, normal(8, 3, 8, 8), directory=tmp_path).operators()
+    found = case(ExecuTorch(), net, normal(8, 3, 8, 8), directory=tmp_path).operators()
     tables = {kind for kind in found if kind.endswith(" int8")} - {
         "Convolution int8",
         "Transpose int8",
@@ -246,7 +177,7 @@ def test_pixels_half_way_between_integers_go_where_the_simulation_sends_them(
     """Read through the identity: any other rounding of the input would be a whole step."""
     layer = nn.Conv2d(3, 3, 1, bias=False)
     layer.weight.data = torch.eye(3).view(3, 3, 1, 1)
-    made = case(layer, pixels(2, 3, 64, 64), directory=tmp_path)
+    made = case(ExecuTorch(), layer, pixels(2, 3, 64, 64), directory=tmp_path)
     step = made.model.fake["input0"].qparams()[0].item()
     (found,), (expected,) = made.outputs(), made.expected()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * step)
@@ -257,7 +188,7 @@ def test_inputs_beyond_the_range_are_clipped_in_layers_that_give_float(tmp_path:
     """Such a layer finds its input's range as it runs; it must find the simulation's."""
     x = normal(4, 16)
     torch.manual_seed(0)
-    made = case(nn.Linear(16, 5), x, directory=tmp_path)
+    made = case(ExecuTorch(), nn.Linear(16, 5), x, directory=tmp_path)
     far = torch.cat([100 * x[:1], 0.01 * x[:1], -x[:1].abs()])
     run = ExecuTorch().load(tmp_path)
     found = torch.cat([run(row[None])[0] for row in far])
@@ -268,7 +199,8 @@ def test_inputs_beyond_the_range_are_clipped_in_layers_that_give_float(tmp_path:
 def test_several_inputs_and_named_outputs_keep_their_order_and_types(
     quantized: bool, tmp_path: Path
 ) -> None:
-    made = case(Two(), normal(4, 8), normal(4, 8, seed=1), directory=tmp_path, quantized=quantized)
+    x, y = normal(4, 8), normal(4, 8, seed=1)
+    made = case(ExecuTorch(), Two(), x, y, directory=tmp_path, quantized=quantized)
     found = made.outputs()
     assert [t.dtype for t in found] == [torch.float32, torch.bool, torch.int64, torch.float32]
     torch.testing.assert_close(found, made.exact(), rtol=0, atol=1e-5)
@@ -276,8 +208,9 @@ def test_several_inputs_and_named_outputs_keep_their_order_and_types(
 
 def test_integer_weights_take_a_quarter_of_the_space(tmp_path: Path) -> None:
     net, x = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)), normal(4, 256)
-    small = case(net, x, directory=tmp_path / "int8").directory / backend.FILE
-    large = case(net, x, directory=tmp_path / "float", quantized=False).directory / backend.FILE
+    small, large = tmp_path / "int8" / backend.FILE, tmp_path / "float" / backend.FILE
+    case(ExecuTorch(), net, x, directory=small.parent)
+    case(ExecuTorch(), net, x, directory=large.parent, quantized=False)
     assert small.stat().st_size < 0.3 * large.stat().st_size
     integers = net[0].weight.detach()
     scale = integers.abs().amax(1, keepdim=True) / 127
@@ -314,7 +247,7 @@ def test_two_artifacts_run_side_by_side_when_their_folders_are_gone(
         shutil.copytree(made.directory, tmp_path / str(number))
     runs = [ExecuTorch().load(tmp_path / str(number)) for number in range(2)]
     x = normal(1, 3, 24, 24, seed=5)
-    alone = [ExecuTorch().load(made.directory)(x)[0] for made in both]
+    alone = [made.run()(x)[0] for made in both]
     shutil.rmtree(tmp_path)
     for _ in range(2):
         for run, expected in zip(runs, alone, strict=True):
@@ -323,7 +256,7 @@ def test_two_artifacts_run_side_by_side_when_their_folders_are_gone(
 
 
 def test_outputs_of_one_run_are_not_overwritten_by_the_next(int8: dict[str, Case]) -> None:
-    run = ExecuTorch().load(int8["mixed"].directory)
+    run = int8["mixed"].run()
     first = run(normal(1, 3, 24, 24))[0]
     kept = first.clone()
     run(normal(1, 3, 24, 24, seed=1))
@@ -421,12 +354,12 @@ def test_images_may_lie_with_channels_last_in_memory(tmp_path: Path) -> None:
 
     x = normal(4, 3, 8, 8).to(memory_format=torch.channels_last)
     net = Halved(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
-    made = case(net.to(memory_format=torch.channels_last), x, directory=tmp_path)
+    made = case(ExecuTorch(), net.to(memory_format=torch.channels_last), x, directory=tmp_path)
     assert min(compare(made.exact(), made.outputs()).sqnr_db) >= 100
 
 
 def test_inputs_that_do_not_fit_are_refused(int8: dict[str, Case]) -> None:
-    run = ExecuTorch().load(int8["mixed"].directory)
+    run = int8["mixed"].run()
     x = normal(1, 3, 24, 24)
     with pytest.raises(ExportError, match="takes 1 inputs, 2 were given"):
         run(x, x)

@@ -7,10 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 class Mixed(nn.Module):
     """Residual, with pooling, concatenation, a depthwise layer, hard-swish, SiLU and a gate."""
 
@@ -74,15 +70,3 @@ class Layers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (n, 3, 32, 32) -> (n, 10)
         x = F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))))
         return self.head(F.max_pool2d(x, 32).flatten(1))
-
-
-class Named(nn.Module):
-    """Takes two inputs, gives named outputs of several types."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(8, 16), nn.Linear(8, 16)
-
-    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        a, b = self.left(x), self.right(y)
-        return {"sum": a + b, "larger": a > b, "best": a.argmax(-1), "first": a}

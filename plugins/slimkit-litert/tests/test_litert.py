@@ -5,113 +5,45 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiled import Case, case, fixtures, sqnr
+from nets import Two, normal
 from torch import Tensor, nn
 
 pytest.importorskip("slimkit_litert", reason="`make test-slow` installs it in .venv-litert")
 pytest.importorskip("ai_edge_litert", reason="needs LiteRT: pip install ai-edge-litert")
 
 from ai_edge_litert.interpreter import Interpreter, OpResolverType  # noqa: E402
-from litert_nets import Layers, Mixed, Named, Padded, Strided, normal  # noqa: E402
+from litert_nets import Layers, Mixed, Padded, Strided  # noqa: E402
 from slimkit_litert.backend import LiteRt  # noqa: E402
 
 import slimkit  # noqa: E402
 from slimkit.deploy.preflight import preflight  # noqa: E402
 from slimkit.errors import ExportError  # noqa: E402
-from slimkit.interfaces import Deployable, tensors_of  # noqa: E402
-from slimkit.quantization.exact import exact  # noqa: E402
 from slimkit.quantization.finished import finish  # noqa: E402
 from slimkit.testing import networks  # noqa: E402
-
-
-@dataclass
-class Case:
-    """A network, what it was quantized to, and the folder of its compiled file."""
-
-    model: nn.Module
-    inputs: tuple[Tensor, ...]
-    deployable: Deployable
-    directory: Path
-
-    @property
-    def file(self) -> Path:
-        return self.directory / "model.tflite"
-
-    @torch.no_grad()
-    def compared(self, engine: LiteRt | None = None) -> tuple[Tensor, Tensor]:
-        """The first output for all samples, as simulated and by the file."""
-        run, expected, found = (engine or LiteRt()).load(self.directory), [], []
-        for n in range(len(self.inputs[0])):
-            one = tuple(x[n : n + 1] for x in self.inputs)
-            expected += tensors_of(self.model(*one))[:1]
-            found += run(*one)[:1]
-        return torch.cat(expected), torch.cat(found)
-
-
-def case(
-    net: nn.Module,
-    *inputs: Tensor,
-    directory: Path,
-    quantized: bool = True,
-    engine: LiteRt | None = None,
-) -> Case:
-    engine = engine or LiteRt()
-    net = net.eval()
-    if quantized:
-        net = slimkit.quantize(net, [inputs], backend=engine, activations="minmax").eval()
-    deployable = finish(net, tuple(x[:1] for x in inputs))
-    directory.mkdir(exist_ok=True)
-    engine.compile(deployable, directory)
-    return Case(net, inputs, deployable, directory)
-
 
 NETS = {
     "mixed": (Mixed, normal(16, 3, 32, 32)),
     "padded": (Padded, normal(16, 3, 32, 32)),
     "layers": (Layers, normal(4, 3, 32, 32)),
 }
+name, int8, dense = fixtures(LiteRt(), NETS)
 
 
-@pytest.fixture(scope="module", params=NETS)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Each network quantized and compiled, once."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("int8")
-    return {name: case(net(), x, directory=folder / name) for name, (net, x) in NETS.items()}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Each network compiled in float, once."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("float")
-    return {
-        name: case(net(), x, directory=folder / name, quantized=False)
-        for name, (net, x) in NETS.items()
-    }
-
-
-def sqnr(reference: Tensor, other: Tensor) -> float:
-    """Signal to noise in decibels."""
-    noise = (reference - other).double().square().sum().clamp(min=1e-30)
-    return float(10 * torch.log10(reference.double().square().sum() / noise))
+def file_of(made: Case) -> Path:
+    return made.directory / "model.tflite"
 
 
 def test_a_float_file_computes_what_torch_computes(dense: dict[str, Case], name: str) -> None:
     expected, found = dense[name].compared()
     tolerance = 1e-5 * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-    assert not any("int8" in operator for operator in LiteRt().operators(dense[name].directory))
+    assert not any("int8" in operator for operator in dense[name].operators())
 
 
 def test_an_int8_file_computes_what_the_simulation_computes(
@@ -126,7 +58,7 @@ def test_an_int8_file_computes_what_the_simulation_computes(
 def test_layers_equal_the_integer_simulation_to_the_last_bit(int8: dict[str, Case]) -> None:
     made = int8["layers"]
     found = made.compared()[1]
-    wanted = exact(made.model, tuple(x[:1] for x in made.inputs))(*made.inputs)
+    wanted = made.exact()[0]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
@@ -134,7 +66,7 @@ def test_kernels_without_xnnpack_agree(int8: dict[str, Case], name: str) -> None
     """An independent reference: TFLite's own kernels, in fixed point, of the same file."""
     made = int8[name]
     plain = Interpreter(
-        model_path=str(made.file), experimental_op_resolver_type=OpResolverType.BUILTIN_REF
+        model_path=str(file_of(made)), experimental_op_resolver_type=OpResolverType.BUILTIN_REF
     )
     plain.allocate_tensors()
     found = []
@@ -146,7 +78,7 @@ def test_kernels_without_xnnpack_agree(int8: dict[str, Case], name: str) -> None
 
 
 def test_maxima_are_taken_of_integers(int8: dict[str, Case]) -> None:
-    found = LiteRt().operators(int8["padded"].directory)
+    found = int8["padded"].operators()
     assert (found["PADV2 int8"], found["MAX_POOL_2D int8"]) == (1, 1)
     assert (found["QUANTIZE"], found["DEQUANTIZE"]) == (1, 1)
 
@@ -154,16 +86,15 @@ def test_maxima_are_taken_of_integers(int8: dict[str, Case]) -> None:
 @pytest.mark.parametrize("name", ["convolutional", "residual"])
 def test_only_borders_compute_in_float(name: str, tmp_path: Path) -> None:
     net, inputs = networks.made(name, 4)
-    found = LiteRt().operators(case(net, inputs, directory=tmp_path).directory)
+    found = case(LiteRt(), net, inputs, directory=tmp_path).operators()
     floats = {operator: n for operator, n in found.items() if not operator.endswith(" int8")}
     assert floats == {"QUANTIZE": 1, "DEQUANTIZE": 1}
 
 
 def test_a_padding_beside_another_reader_computes_on_integers(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    made = case(Strided(), normal(8, 3, 16, 16), directory=tmp_path)
-    made.model = exact(made.model, tuple(x[:1] for x in made.inputs))
-    assert torch.equal(*made.compared())
+    made = case(LiteRt(), Strided(), normal(8, 3, 16, 16), directory=tmp_path)
+    assert torch.equal(made.exact()[0], made.outputs()[0])
     found = LiteRt().operators(made.directory)
     assert found["CONV_2D int8"] == 4
     assert {kind for kind in found if not kind.endswith("int8")} == {"QUANTIZE", "DEQUANTIZE"}
@@ -183,7 +114,7 @@ def test_preflight_says_it_before_training() -> None:
 
 def test_transposes_stand_at_borders_only(int8: dict[str, Case], dense: dict[str, Case]) -> None:
     def transposes(made: Case) -> int:
-        found = LiteRt().operators(made.directory)
+        found = made.operators()
         return sum(n for operator, n in found.items() if operator.startswith("TRANSPOSE"))
 
     for cases in (int8, dense):
@@ -194,12 +125,12 @@ def test_transposes_stand_at_borders_only(int8: dict[str, Case], dense: dict[str
 def test_paddings_belong_to_their_layers(int8: dict[str, Case], dense: dict[str, Case]) -> None:
     """Those on one side only do with this stride, those on both sides of a depthwise layer not."""
     for cases, behind in ((int8, " int8"), (dense, "")):
-        assert f"PAD{behind}" not in LiteRt().operators(cases["padded"].directory)
-        assert LiteRt().operators(cases["mixed"].directory)[f"PAD{behind}"] == 1
+        assert f"PAD{behind}" not in cases["padded"].operators()
+        assert cases["mixed"].operators()[f"PAD{behind}"] == 1
 
 
 def test_weights_are_int8_per_channel_and_biases_int32(int8: dict[str, Case]) -> None:
-    interpreter = Interpreter(model_path=str(int8["layers"].file))
+    interpreter = Interpreter(model_path=str(file_of(int8["layers"])))
     weights = [t for t in interpreter.get_tensor_details() if len(t["shape"]) == 4]
     (kernel,) = [t for t in weights if tuple(t["shape"]) == (48, 3, 3, 3)]
     assert kernel["dtype"] == np.int8
@@ -213,7 +144,7 @@ def test_weights_are_int8_per_channel_and_biases_int32(int8: dict[str, Case]) ->
 def test_an_int8_file_is_smaller_and_constants_are_aligned(
     int8: dict[str, Case], dense: dict[str, Case]
 ) -> None:
-    small, large = int8["layers"].file, dense["layers"].file
+    small, large = file_of(int8["layers"]), file_of(dense["layers"])
     assert small.stat().st_size < 0.3 * large.stat().st_size
     data = large.read_bytes()
     kernel = dense["layers"].model.b.weight.detach().permute(0, 2, 3, 1).contiguous()
@@ -224,37 +155,33 @@ def test_an_int8_file_is_smaller_and_constants_are_aligned(
 def test_several_inputs_and_named_outputs_keep_their_order_and_types(
     quantized: bool, tmp_path: Path
 ) -> None:
+    torch.manual_seed(0)  # no sum on the edge of two integers
     x, y = normal(4, 8), normal(4, 8, seed=1)
-    made = case(Named(), x, y, directory=tmp_path, quantized=quantized)
-    run = LiteRt().load(tmp_path)
-    for n in range(4):
-        one = x[n : n + 1], y[n : n + 1]
-        with torch.no_grad():
-            expected = tensors_of(made.model(*one))
-        found = run(*one)
-        assert [t.dtype for t in found] == [torch.float32, torch.bool, torch.int64, torch.float32]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    made = case(LiteRt(), Two(), x, y, directory=tmp_path, quantized=quantized)
+    found = made.outputs()
+    assert [t.dtype for t in found] == [torch.float32, torch.bool, torch.int64, torch.float32]
+    torch.testing.assert_close(found, made.expected(), rtol=0, atol=1e-5)
 
 
 def test_integer_io_takes_and_gives_the_integers_themselves(tmp_path: Path) -> None:
     engine = LiteRt(integer_io=True)
     torch.manual_seed(0)
-    made = case(Mixed(), normal(8, 3, 32, 32), directory=tmp_path, engine=engine)
-    interpreter = Interpreter(model_path=str(made.file))
+    made = case(engine, Mixed(), normal(8, 3, 32, 32), directory=tmp_path)
+    interpreter = Interpreter(model_path=str(file_of(made)))
     ports = (interpreter.get_input_details()[0], interpreter.get_output_details()[0])
     assert [port["dtype"] for port in ports] == [np.int8, np.int8]
     fake = made.model.fake
     for port, quantizer in zip(ports, ("input0", "head:linear:0:out"), strict=True):
         size, zero = (value.item() for value in fake[quantizer].qparams())
         assert port["quantization"] == (pytest.approx(size, rel=1e-6), zero)
-    expected, found = made.compared(engine)
+    expected, found = made.compared()
     assert sqnr(expected, found) >= 35
     inner = {"QUANTIZE": 3, "DEQUANTIZE": 3}  # around hard-swish, and two parts of a concatenation
     assert {k: n for k, n in engine.operators(tmp_path).items() if k in inner} == inner
 
 
 def test_outputs_of_one_run_are_not_overwritten_by_the_next(int8: dict[str, Case]) -> None:
-    run = LiteRt().load(int8["mixed"].directory)
+    run = int8["mixed"].run()
     first = run(normal(1, 3, 32, 32))[0]
     kept = first.clone()
     run(normal(1, 3, 32, 32, seed=1))
@@ -285,23 +212,23 @@ def test_the_file_runs_in_a_process_without_slimkit(int8: dict[str, Case], tmp_p
     made = int8["mixed"]
     x = normal(1, 3, 32, 32, seed=3)
     np.save(tmp_path / "in.npy", x.numpy())
-    subprocess.run([sys.executable, "-c", ALONE, made.file, tmp_path], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", ALONE, file_of(made), tmp_path], check=True, cwd=tmp_path)
     out = torch.from_numpy(np.load(tmp_path / "out.npy"))
-    assert torch.equal(out, LiteRt().load(made.directory)(x)[0])
+    assert torch.equal(out, made.run()(x)[0])
 
 
 def test_the_same_model_gives_the_same_file(int8: dict[str, Case], tmp_path: Path) -> None:
     made = int8["mixed"]
     LiteRt().compile(made.deployable, tmp_path)
-    assert (tmp_path / "model.tflite").read_bytes() == made.file.read_bytes()
+    assert (tmp_path / "model.tflite").read_bytes() == file_of(made).read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == ["model.tflite"]
-    assert str(Path(__file__).parent).encode() not in made.file.read_bytes()
+    assert str(Path(__file__).parent).encode() not in file_of(made).read_bytes()
 
 
 def test_the_profile_names_the_operators(int8: dict[str, Case]) -> None:
     made = int8["layers"]
     times = LiteRt().profile(made.directory, (made.inputs[0][:1],))
-    assert times.keys() == LiteRt().operators(made.directory).keys()
+    assert times.keys() == made.operators().keys()
     assert times["CONV_2D int8"] == max(times.values())
 
 
@@ -321,7 +248,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["half", "end", "text"])
 def test_damaged_file_is_refused(int8: dict[str, Case], damage: str, tmp_path: Path) -> None:
-    whole = int8["mixed"].file.read_bytes()
+    whole = file_of(int8["mixed"]).read_bytes()
     content = {"half": whole[: len(whole) // 2], "end": whole[:-64], "text": b"no model" * 9}[
         damage
     ]
@@ -331,7 +258,7 @@ def test_damaged_file_is_refused(int8: dict[str, Case], damage: str, tmp_path: P
 
 
 def test_inputs_that_do_not_fit_are_refused(int8: dict[str, Case]) -> None:
-    run = LiteRt().load(int8["mixed"].directory)
+    run = int8["mixed"].run()
     with pytest.raises(ExportError, match="takes 1 inputs, 2 were given"):
         run(normal(1, 3, 32, 32), normal(1, 3, 32, 32))
     with pytest.raises(ExportError, match="does not run on these inputs"):

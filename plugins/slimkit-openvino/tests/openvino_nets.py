@@ -1,20 +1,10 @@
-"""Small networks with what real ones are made of, and random inputs for them."""
+"""Small networks with what real ones are made of."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def pixels(*shape: int, seed: int = 0) -> Tensor:
-    """Images as networks of TensorFlow take them, all half-way between integers of a grid."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, shape, generator=generator) / 127.5 - 1
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Conv2d:
@@ -104,15 +94,3 @@ class Clipped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
         return self.b(x) + self.c(x.clamp(-0.3, 0.5))
-
-
-class Two(nn.Module):
-    """Takes two inputs, gives named outputs of several types."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(8, 16), nn.Linear(8, 16)
-
-    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        a, b = self.left(x), self.right(y)
-        return {"sum": a + b, "larger": a > b, "best": a.argmax(-1), "first": a}

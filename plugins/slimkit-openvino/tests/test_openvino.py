@@ -5,71 +5,23 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from openvino_nets import (
-    Attention,
-    Clipped,
-    Depthwise,
-    Detector,
-    Residual,
-    Shuffle,
-    Two,
-    normal,
-    pixels,
-)
+from compiled import Case, case, fixtures, sqnr
+from nets import Two, normal, pixels
+from openvino_nets import Attention, Clipped, Depthwise, Detector, Residual, Shuffle
 from slimkit_openvino import backend
 from slimkit_openvino.backend import OpenVino
 from torch import Tensor, nn
 
 import slimkit
 from slimkit.errors import ExportError
-from slimkit.interfaces import Deployable, Runner, tensors_of
-from slimkit.quantization.exact import exact
 from slimkit.quantization.finished import finish
 
 pytest.importorskip("openvino", reason="needs openvino: pip install openvino")
-
-
-@dataclass
-class Case:
-    """A network, what it was quantized to, and the folder of its compiled file."""
-
-    model: nn.Module
-    inputs: tuple[Tensor, ...]
-    deployable: Deployable
-    directory: Path
-
-    def run(self) -> Runner:
-        return OpenVino().load(self.directory)
-
-    def operators(self) -> dict[str, int]:
-        return OpenVino().operators(self.directory)
-
-    @torch.no_grad()
-    def compared(self) -> tuple[Tensor, Tensor]:
-        """The first output for all samples, as simulated and by the file."""
-        run, expected, found = self.run(), [], []
-        for n in range(len(self.inputs[0])):
-            one = tuple(x[n : n + 1] for x in self.inputs)
-            expected += tensors_of(self.model(*one))[:1]
-            found += run(*one)[:1]
-        return torch.cat(expected), torch.cat(found)
-
-
-def case(net: nn.Module, *inputs: Tensor, directory: Path, quantized: bool = True) -> Case:
-    net = net.eval()
-    if quantized:
-        net = slimkit.quantize(net, [inputs], backend=OpenVino(), activations="minmax").eval()
-    deployable = finish(net, tuple(x[:1] for x in inputs))
-    directory.mkdir(exist_ok=True)
-    OpenVino().compile(deployable, directory)
-    return Case(net, inputs, deployable, directory)
-
 
 NETS = {
     "residual": (Residual, normal(16, 3, 32, 32)),
@@ -77,36 +29,7 @@ NETS = {
     "attention": (Attention, normal(16, 12, 32)),
     "detector": (Detector, normal(8, 3, 32, 32)),
 }
-
-
-@pytest.fixture(scope="module", params=NETS)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Each network quantized and compiled, once."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("int8")
-    return {name: case(net(), x, directory=folder / name) for name, (net, x) in NETS.items()}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """Each network compiled in float, once."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("float")
-    return {
-        name: case(net(), x, directory=folder / name, quantized=False)
-        for name, (net, x) in NETS.items()
-    }
-
-
-def sqnr(reference: Tensor, other: Tensor) -> float:
-    """Signal to noise in decibels."""
-    noise = (reference - other).double().square().sum().clamp(min=1e-30)
-    return float(10 * torch.log10(reference.double().square().sum() / noise))
+name, int8, dense = fixtures(OpenVino(), NETS)
 
 
 def test_a_float_file_computes_what_torch_computes(dense: dict[str, Case], name: str) -> None:
@@ -132,7 +55,7 @@ LAYERS = {"residual": (3, 1), "depthwise": (3, 1), "attention": (0, 4), "detecto
 def test_a_chain_of_layers_equals_the_integer_simulation(int8: dict[str, Case]) -> None:
     made = int8["depthwise"]
     simulated, found = made.compared()
-    wanted = exact(made.model, tuple(x[:1] for x in made.inputs))(*made.inputs)
+    wanted = made.exact()[0]
     # where sums of floats are rounded once more or once less, and nowhere an integer step apart
     assert (wanted - found).abs().max() <= 1e-6 * found.abs().max()
     assert (simulated - found).abs().max() > 1e-4 * found.abs().max()  # the one in float is
@@ -162,7 +85,7 @@ def test_pixels_half_way_between_integers_go_where_the_simulation_sends_them(
     layer = nn.Conv2d(3, 3, 1, bias=False)
     layer.weight.data = torch.eye(3).view(3, 3, 1, 1)
     images = pixels(2, 3, 64, 64)
-    made = case(layer, images, directory=tmp_path)
+    made = case(OpenVino(), layer, images, directory=tmp_path)
     expected, found = made.compared()
     step = made.model.fake["input0"].qparams()[0].item()
     halves = (images / step).frac().abs()
@@ -171,12 +94,13 @@ def test_pixels_half_way_between_integers_go_where_the_simulation_sends_them(
 
 
 def test_bounds_of_a_clip_are_not_rounded(tmp_path: Path) -> None:
-    expected, found = case(Clipped(), normal(4, 16, 16, 16), directory=tmp_path).compared()
+    made = case(OpenVino(), Clipped(), normal(4, 16, 16, 16), directory=tmp_path)
+    expected, found = made.compared()
     assert sqnr(expected, found) >= 70
 
 
 def test_shuffled_channels_stay_integers_in_one_operator(tmp_path: Path) -> None:
-    made = case(Shuffle(), normal(4, 16, 16, 16), directory=tmp_path)
+    made = case(OpenVino(), Shuffle(), normal(4, 16, 16, 16), directory=tmp_path)
     expected, found = made.compared()
     operators = made.operators()
     assert sqnr(expected, found) >= 50
@@ -189,15 +113,10 @@ def test_several_inputs_and_named_outputs_keep_their_order_and_types(
     quantized: bool, tmp_path: Path
 ) -> None:
     x, y = normal(4, 8), normal(4, 8, seed=1)
-    made = case(Two(), x, y, directory=tmp_path, quantized=quantized)
-    run = made.run()
-    for n in range(4):
-        one = x[n : n + 1], y[n : n + 1]
-        with torch.no_grad():
-            expected = tensors_of(made.model(*one))
-        found = run(*one)
-        assert [t.dtype for t in found] == [torch.float32, torch.bool, torch.int64, torch.float32]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    made = case(OpenVino(), Two(), x, y, directory=tmp_path, quantized=quantized)
+    found = made.outputs()
+    assert [t.dtype for t in found] == [torch.float32, torch.bool, torch.int64, torch.float32]
+    torch.testing.assert_close(found, made.expected(), rtol=0, atol=1e-5)
 
 
 def test_two_artifacts_run_side_by_side_when_their_folders_are_gone(

@@ -10,43 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from little_project import MODULE
 from loopback import Loopback, server
 
 from slimkit.importing import backend_named
 from slimkit.recipe import PluginRef, Quantize
 from slimkit.training.quantization import scheme_of
-
-MODULE = """
-import torch
-from pytorch_lightning import LightningDataModule
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-
-def net():
-    return nn.Sequential(
-        nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48), nn.ReLU(),
-        nn.Conv2d(48, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
-    )
-
-
-class Data(LightningDataModule):
-    def __init__(self):
-        super().__init__()
-        g = torch.Generator().manual_seed(3)
-        labels = torch.arange(96) % 4
-        images = torch.randn(96, 3, 8, 8, generator=g)
-        images += 2 * torch.randn(4, 3, 1, 1, generator=g)[labels]
-        self.train = TensorDataset(images[:64], labels[:64])
-        self.test = TensorDataset(images[64:], labels[64:])
-
-    def train_dataloader(self):
-        return DataLoader(self.train, 8, shuffle=True)
-
-    def val_dataloader(self):
-        return DataLoader(self.test, 32)
-"""
 
 
 def run(folder: Path, remote: dict[str, object]) -> subprocess.CompletedProcess[str]:

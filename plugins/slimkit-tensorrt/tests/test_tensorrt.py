@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from nets import normal
 from onnx import numpy_helper
 from slimkit_tensorrt import backend, engine
 from slimkit_tensorrt.backend import TensorRT
@@ -20,10 +21,6 @@ from slimkit.deploy.agreement import compare
 from slimkit.errors import ExportError, UnavailableError
 from slimkit.quantization.finished import finish
 from slimkit.testing.networks import made
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Mixed(nn.Module):
