@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -214,7 +214,8 @@ class Scheme:
             computes them with a table: (operation, scale, zero point). Those of `steps` take the
             grid of the operation inside them. Only with ``tensors``.
         tables: functions of one tensor that the runtime looks up among integers where what they
-            read and what they make is rounded for others; nothing is rounded for their sake.
+            read and what they make is rounded for others; nothing is rounded for their sake, so
+            schemes that differ in it alone are equal.
         depthwise: whether convolutions of one input channel a group compute on integers as well.
         arithmetic: how a convolution or linear layer turns its sums of integers into its output,
             so that slimkit can follow it to the last bit (`slimkit.quantization.exact`).
@@ -243,7 +244,7 @@ class Scheme:
     arithmetic: Literal["unknown", "requantize", "dequantize", "fused", "reciprocal"] = "unknown"
     rounds_outputs: bool = False
     prescribed: tuple[tuple[str, float, int], ...] = ()
-    tables: frozenset[str] = frozenset()
+    tables: frozenset[str] = field(default=frozenset(), compare=False)
 
     def narrowed(self, weight_bits: int | None) -> Scheme:
         """The same with weights of fewer bits, which the backend stores and computes as its own.
@@ -261,12 +262,9 @@ class Scheme:
         return replace(self, weights=replace(self.weights, bits=weight_bits))
 
     def holds(self, other: Scheme) -> bool:
-        """Whether the backend computes what `other` says: the same, or narrower weights.
-
-        `tables` does not matter: it changes no number.
-        """
+        """Whether the backend computes what `other` says: the same, or narrower weights."""
         fits = other.weights.bits <= self.weights.bits
-        return fits and replace(self.narrowed(other.weights.bits), tables=other.tables) == other
+        return fits and self.narrowed(other.weights.bits) == other
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,11 @@ class OnnxFile:
         names = [i.name for i in session.get_inputs()]
 
         def run(*inputs: Tensor) -> list[Tensor]:
-            if len(inputs) != len(names):
-                raise ExportError(
-                    f"{self.path.name} takes {len(names)} inputs, {len(inputs)} were given"
-                )
+            feed = self._feed(names, inputs)
             try:
-                found = session.run(None, _feed(names, inputs))
+                found = session.run(None, feed)
+            except MemoryError:
+                raise
             except Exception as error:  # onnxruntime's classes share no public base
                 raise ExportError(
                     f"{self.path.name} does not run on these inputs: {error}"
@@ -73,11 +72,18 @@ class OnnxFile:
         """Milliseconds of each type's kernels by its own profiler: the median of 20 runs."""
         with tempfile.TemporaryDirectory() as folder:
             session = self._session(1, profile=Path(folder) / "run")
-            feed = _feed([i.name for i in session.get_inputs()], inputs)
+            feed = self._feed([i.name for i in session.get_inputs()], inputs)
             for _ in range(_WARM_UP + _PROFILED):
                 session.run(None, feed)
             events = json.loads(Path(session.end_profiling()).read_text())
         return _kernel_times(events)
+
+    def _feed(self, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+        if len(inputs) != len(names):
+            raise ExportError(
+                f"{self.path.name} takes {len(names)} inputs, {len(inputs)} were given"
+            )
+        return {n: t.detach().cpu().numpy() for n, t in zip(names, inputs, strict=True)}
 
     def _session(
         self, threads: int, optimized: Path | None = None, profile: Path | None = None
@@ -116,7 +122,3 @@ def _kernel_times(events: list[dict[str, Any]]) -> dict[str, float]:
             times[n][event["args"]["op_name"]] += event["dur"]
     types = sorted({name for one in times for name in one})
     return {name: statistics.median(one[name] for one in times) / 1000 for name in types}
-
-
-def _feed(names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Any]:
-    return {n: t.detach().cpu().numpy() for n, t in zip(names, inputs, strict=True)}

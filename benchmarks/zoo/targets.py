@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rich.progress import track
@@ -44,7 +44,7 @@ LEAST_DB = {"float": 40.0, "int8": 20.0}
 def works(row: Row, kind: str) -> bool:
     """Whether there is a file that runs and gives the model's, or the simulation's, outputs."""
     found = row[kind]
-    return "failure" not in found and found["decibels"] >= LEAST_DB[kind]
+    return "failure" not in found and found["alive"] and found["decibels"] >= LEAST_DB[kind]
 
 
 def verdict(row: Row, kind: str) -> str:
@@ -179,11 +179,11 @@ def main() -> None:
     missing = [one for one in every if one[1:] not in done]
     missing.sort(key=lambda one: one[0] != "data" and one[1] not in MEASURED and one[2] in SLOW)
     with ThreadPoolExecutor(given.jobs) as pool:
-        made = pool.map(lambda one: make(*one), missing)
-        for row in track(made, "compiling", total=len(missing)):
-            rows.append(row)
+        running = [pool.submit(make, *one) for one in missing]
+        for done_one in track(as_completed(running), "compiling", total=len(running)):
+            rows.append(done_one.result())
             with kept.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(rows[-1]) + "\n")
     order = {one[1:]: n for n, one in enumerate(every)}
     rows = [row for row in rows if (row["name"], row["backend"]) in order]
     rows.sort(key=lambda row: order[row["name"], row["backend"]])

@@ -27,11 +27,13 @@ from slimkit.deploy.deployed import Deployed, open_, simulate, size_bytes
 from slimkit.deploy.measurement import measure
 from slimkit.deploy.memory import peaks
 from slimkit.deploy.preflight import preflight
+from slimkit.errors import SlimkitError
 from slimkit.interfaces import Backend
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import finish
 from slimkit.registry import discover
 
+_PRODUCTS = frozenset({"matmul", "rmatmul", "imatmul", "bmm", "mm"})
 CALIBRATION, TEST = 4, 2  # random images of an architecture of the zoo
 _LAYER = re.compile(r"conv|gemm|matmul|linear|fully_?connected|inner_?product", re.IGNORECASE)
 
@@ -48,9 +50,14 @@ def layers(operators: dict[str, int]) -> int:
 
 
 def promised(fake: QuantizedModel, inputs: tuple[Any, ...]) -> int:
-    """How many layers are to compute on integers."""
-    calls = trace(fake.model, inputs).calls
-    return sum(c.op in WEIGHTED and c.name in fake.fake.sites.weights for c in calls)
+    """How many layers, and products that the scheme rounds, are to compute on integers."""
+    sites, operations = fake.fake.sites, fake.fake.scheme.operations
+    return sum(
+        call.name in sites.weights
+        if call.op in WEIGHTED
+        else call.op in _PRODUCTS & operations and call.name not in sites.skipped
+        for call in trace(fake.model, inputs).calls
+    )
 
 
 def tried(
@@ -86,11 +93,16 @@ def row_of(
         found[said.kind] |= {"slow": said.slow, "remarks": said.remarks}
     found["preflight_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    fake = slimkit.quantize(model, [*calibration.split(16)], backend, batches=1000)
-    found["int8"]["promised"] = promised(fake, example)
+    models = {"float": model}
+    try:
+        fake = slimkit.quantize(model, [*calibration.split(16)], backend, batches=1000)
+        models["int8"] = fake
+        found["int8"]["promised"] = promised(fake, example)
+    except SlimkitError as error:
+        found["int8"] |= {"failure": _reason(error), "promised": 0}
     with tempfile.TemporaryDirectory() as name:
         folder, files = Path(name), dict[str, Deployed]()
-        for kind, made in (("float", model), ("int8", fake)):
+        for kind, made in models.items():
             row = found[kind]
             file = tried(made, backend, example, folder / kind)
             if isinstance(file, str):

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from slimkit.batches import as_inputs, first_sample
+from slimkit.batches import as_inputs, first_sample, to_cpu
 from slimkit.calls import WEIGHTED, Call, Trace, trace
-from slimkit.errors import ExportError, SlimkitError
-from slimkit.evaluating import evaluating
+from slimkit.copies import copied
+from slimkit.errors import SlimkitError, in_one_line
 from slimkit.interfaces import Backend, Scheme
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.fake import QuantizedModel
@@ -70,7 +71,7 @@ def preflight(
     quantized: bool = True,
     weights: str | Mapping[str, Any] = "minmax",
     activations: str | Mapping[str, Any] = "minmax",
-    keep_float: Iterable[str] = (),
+    keep_float: str | Iterable[str] = (),
     weight_bits: int | None = None,
 ) -> list[Preflight]:
     """Ask every backend about the float model, and about its int8, without a file being kept.
@@ -90,7 +91,8 @@ def preflight(
         For each backend one of float and, if asked, one of int8; ``print`` them.
 
     Raises:
-        SlimkitError: the model is not in float, or a backend's name is unknown.
+        SlimkitError: the model is not in float or does not run on the inputs, or a name is
+            unknown. What a backend raises is that backend's problem.
 
     Example:
         >>> import torch
@@ -101,14 +103,28 @@ def preflight(
     """
     if isinstance(model, QuantizedModel):
         raise SlimkitError("preflight takes the float model, and makes its int8 itself")
-    inputs, found = as_inputs(example_inputs), []
-    options = {"weights": weights, "activations": activations, "weight_bits": weight_bits}
-    with evaluating(model):
-        for name, backend in _named(backends):
-            problems, remarks = _asked(model, inputs, backend)
-            found.append(Preflight(name, "float", problems, remarks=remarks))
-            if quantized:
-                found.append(_integers(model, inputs, name, backend, [*keep_float], options))
+    own, inputs, found = copied(model).cpu().eval(), to_cpu(as_inputs(example_inputs)), []
+    given = [keep_float] if isinstance(keep_float, str) else [*keep_float]
+    options = {
+        "weights": weights,
+        "activations": activations,
+        "weight_bits": weight_bits,
+        "keep_float": [pattern for pattern in given if pattern != "auto"],
+    }
+    for choice in (weights, activations):  # an unknown one is no backend's problem
+        discover().find("quantizer", choice if isinstance(choice, str) else choice["name"])
+    try:
+        with torch.no_grad():
+            own(*first_sample(inputs))
+    except Exception as error:  # whatever a model raises
+        raise SlimkitError(
+            f"{type(model).__name__} does not run on the example inputs: {in_one_line(error)}"
+        ) from error
+    for name, backend in _named(backends):
+        problems, remarks = _asked(own, inputs, backend)
+        found.append(Preflight(name, "float", problems, remarks=remarks))
+        if quantized:
+            found.append(_integers(own, inputs, name, backend, options))
     return found
 
 
@@ -131,10 +147,16 @@ def _asked(
     try:
         deployable = finish(model, first_sample(inputs))
         with blame_for("backend", backend, f"checking {type(model).__name__}"):
-            problems = backend.check(deployable)
-            return tuple(problems), () if problems else tuple(backend.remarks(deployable))
-    except ExportError as error:  # a runtime or a board that is missing among them
+            problems = tuple(backend.check(deployable))
+    except SlimkitError as error:  # a runtime or a board that is missing among them
         return (str(error),), ()
+    if problems:
+        return problems, ()
+    try:
+        with blame_for("backend", backend, f"asked about {type(model).__name__}"):
+            return (), tuple(backend.remarks(deployable))
+    except SlimkitError as error:
+        return (), (str(error),)
 
 
 def _integers(
@@ -142,12 +164,10 @@ def _integers(
     inputs: tuple[Any, ...],
     name: str,
     backend: Backend,
-    keep_float: list[str],
     options: Mapping[str, Any],
 ) -> Preflight:
-    patterns = [pattern for pattern in keep_float if pattern != "auto"]
     try:
-        simulated = quantize(model, [(inputs,)], backend, keep_float=patterns, **options)
+        simulated = quantize(model, [(inputs,)], backend, **options)
     except SlimkitError as error:
         return Preflight(name, "int8", (str(error),))
     traced = trace(simulated.model, inputs)
@@ -169,16 +189,18 @@ def _in_float(traced: Trace, simulated: QuantizedModel, scheme: Scheme) -> list[
     for call in traced.calls:
         known = call.op in scheme.operations | scheme.steps
         silent = call.op in _MOVES | scheme.keeps | scheme.fuses | {"batch_norm"}
-        if call.op in scheme.tables:
-            silent = call.name in sites.outputs and sites.source(call, traced) is not None
+        between = call.name in sites.outputs and sites.source(call, traced) is not None
         if call.name in sites.skipped:
             reason = sites.skipped[call.name]
-        elif known or silent or not call.inputs:
+        elif known or silent or not call.inputs or (call.op in scheme.tables and between):
             continue
+        elif call.op in scheme.tables:
+            reason = "not both what it reads and what it makes is rounded"
         else:
             reason = "not among what it computes in integers"
             better, rewrite = _REWRITES.get(call.op, ("", ""))
-            if better in scheme.operations | scheme.steps | scheme.tables:
+            looked_up = better in scheme.tables and between
+            if better in scheme.operations | scheme.steps or looked_up:
                 reason += f"; rewrite: [{rewrite}] makes it {better}, which is"
         found.setdefault((call.op, reason), []).append(call)
     ordered = sorted(found.items(), key=lambda item: -len(item[1]))

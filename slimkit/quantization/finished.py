@@ -27,6 +27,11 @@ from slimkit.quantization.sites import Sites
 from slimkit.silence import silenced
 
 _ops = torch.ops.quantized_decomposed
+_DROPOUTS = frozenset(
+    {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+)
+"""Idle, they give what they read. PyTorch 2.13 decomposes them into a copy, so that what overwrites
+it would no longer overwrite what it is the same as."""
 _INT32 = 2**31 - 1
 _ROOM = 2**29  # of an integer bias: leaves the rest of int32 to the sums of products
 _TINY = torch.finfo(torch.float32).tiny
@@ -241,6 +246,12 @@ def _with_room(integers: Tensor, scale: Tensor, least: Tensor) -> tuple[Tensor, 
     return (integers * spread(ratio, integers)).round(), wanted
 
 
+def _drops(op: str, args: Any, kwargs: Any) -> bool:
+    """Whether a dropout is at work: ``training`` is the third parameter everywhere."""
+    given = [*args[2:3], *(kwargs[name] for name in ("training", "train") if name in kwargs)]
+    return bool(given[0]) if given else op not in ("alpha_dropout", "feature_alpha_dropout")
+
+
 class FinishedMode(SiteMode):
     """Replaces each call by what the device computes."""
 
@@ -270,7 +281,8 @@ class FinishedMode(SiteMode):
         return self.finished.moved.get(call) or super().output(call)
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Leave out what is folded; else as the sites say."""
-        if name in self.finished.skipped:
+        """Leave out what is folded or idle; else as the sites say."""
+        idle = op in _DROPOUTS and not _drops(op, args, kwargs) and self.output(name) is None
+        if name in self.finished.skipped or idle:
             return args[0] if args else kwargs["input"]
         return super().on_call(name, op, func, args, kwargs)

@@ -259,6 +259,9 @@ def preflight_tells_the_truth(subject: Subject, case: ModelCase) -> str | None:
             return f"refused with {problem!r}, which is no reason"
     if problems:
         return None
+    remarks = backend.remarks(deployable)
+    if not isinstance(remarks, list | tuple) or not all(isinstance(r, str) for r in remarks):
+        return f"remarks {remarks!r}, which are no sentences"
     with _folder() as folder:
         try:
             backend.compile(deployable, folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +251,10 @@ class _Moved:
         self, batches: Any, inner: pl.LightningModule, data: Any, device: torch.device
     ) -> None:
         self.batches = batches
-        move = partial(inner.transfer_batch_to_device, device=device, dataloader_idx=0)
+
+        def move(batch: Any) -> Any:
+            return inner.transfer_batch_to_device(batch, device, 0)
+
         self.moved = Transferred(batches, data, inner, move=move)
 
     def __len__(self) -> int:

@@ -17,7 +17,8 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from slimkit.batchnorm import reestimate_
 from slimkit.copies import uncompiled_
@@ -94,7 +95,7 @@ def run(
     """
     model_import, data_import = _needed(recipe)
     work = output.with_name(f"{output.name}.work")
-    join(recipe.trainer.accelerator)
+    join(recipe.trainer)
     if is_first():
         _prepare(recipe, output, work, fresh)
     else:
@@ -289,7 +290,8 @@ def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
     if section.regularizer is not None:
         say(f"no {section.regularizer.name}: a regularizer needs training, and max_epochs is 0")
     network = module.network
-    inputs = example_of(loaders, module.entry)
+    device = next(network.parameters()).device
+    inputs = tree_map_only(Tensor, lambda t: t.to(device), example_of(loaders, module.entry))
     module.state.example_inputs = inputs
     if section.granularity == "channel":
         report = _cut_at_once(module, section, inputs, loaders)

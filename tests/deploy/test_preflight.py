@@ -16,7 +16,7 @@ import slimkit
 from slimkit.builtin.backends.reference import Reference
 from slimkit.deploy.deployed import compile_
 from slimkit.deploy.preflight import preflight
-from slimkit.errors import ExportError, SlimkitError, UnavailableError
+from slimkit.errors import ExportError, QuantizationError, SlimkitError, UnavailableError
 from slimkit.interfaces import Deployable
 from slimkit.quantization.calibration import quantize
 from slimkit.registry import discover
@@ -138,6 +138,39 @@ def test_backends_are_named_or_given_and_batches_are_one_sample() -> None:
     assert str(found[3]).splitlines()[-1] == "  in the file: norms run on the host"
     assert model.training
     assert slimkit.preflight(model, x) == slimkit.preflight(model, x, "onnxruntime")
+
+
+class Refusing(Reference):
+    """A backend for which something else of slimkit fails than an export."""
+
+    def check(self, deployable: Deployable) -> list[str]:  # noqa: ARG002
+        raise QuantizationError("its scales are none")
+
+
+class Stuttering(Reference):
+    """A backend that fails when it is asked for more."""
+
+    def remarks(self, deployable: Deployable) -> list[str]:  # noqa: ARG002
+        raise ExportError("the converter is gone")
+
+
+def test_a_failure_of_one_backend_is_its_own_problem() -> None:
+    found = preflight(Mixed().eval(), IMAGE, {"bad": Refusing(), "half": Stuttering()})
+    assert [f.problems for f in found[:2]] == [("its scales are none",)] * 2
+    assert [(f.problems, f.remarks) for f in found[2:]] == [((), ("the converter is gone",))] * 2
+
+
+def test_a_pattern_of_layers_is_one_pattern() -> None:
+    (_, found) = preflight(Mixed().eval(), IMAGE, "onnxruntime", keep_float="c")
+    assert any(line.startswith("conv2d, 1 call (c)") for line in found.in_float)
+    assert not any("(a)" in line for line in found.in_float)
+
+
+def test_what_is_nobodys_fault_but_the_callers_is_an_error() -> None:
+    with pytest.raises(SlimkitError, match="minmx"):
+        preflight(Mixed().eval(), IMAGE, weights="minmx")
+    with pytest.raises(SlimkitError, match="Mixed does not run on the example inputs"):
+        preflight(Mixed().eval(), torch.randn(1, 4, 16, 16))
 
 
 def test_what_is_rounded_already_is_refused() -> None:

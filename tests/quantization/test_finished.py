@@ -11,6 +11,7 @@ import torch
 from models import Net, conv
 from nets import INPUTS, TENSORS, Shifted, conv_norm, lively, normal, residual_net, simulated
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slimkit.errors import ExportError
 from slimkit.interfaces import Grid
@@ -197,3 +198,36 @@ def test_what_cannot_be_written_down_is_said_in_one_error_and_nothing_is_printed
     with pytest.raises(ExportError, match="torch.export cannot write Branches down"):
         finish(Branches(), (torch.ones(1, 3),))
     assert capfd.readouterr() == ("", "")
+
+
+class Overwriting(nn.Module):
+    """Overwrites what an idle dropout gives, which is what it reads, and reads that again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.drop = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = F.relu_(self.drop(x))
+        return self.b(y) + x
+
+
+@torch.no_grad()
+def test_what_overwrites_an_idle_dropout_overwrites_what_that_reads() -> None:
+    torch.manual_seed(0)
+    model, x = Overwriting().eval(), torch.randn(1, 3, 5, 5)
+    program = finish(model, (x,)).program
+    expected = model(x)
+    for one in (program, program.run_decompositions()):
+        torch.testing.assert_close(one.module()(x), expected)
+    assert "dropout" not in str(program.graph)
+
+
+@torch.no_grad()
+def test_a_dropout_that_drops_always_stays() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x, 0.5)
+
+    assert "dropout" in str(finish(Noisy(), (torch.randn(1, 4),)).program.graph)

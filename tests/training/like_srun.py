@@ -28,4 +28,4 @@ started = [
     )
     for rank in range(2)
 ]
-sys.exit(max(one.wait() for one in started))
+sys.exit(any([one.wait() for one in started]))

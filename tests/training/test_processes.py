@@ -6,8 +6,10 @@ import pytest
 import torch.distributed as dist
 
 from slimkit.errors import SlimkitError
+from slimkit.recipe import Trainer
 from slimkit.training.processes import join
 
+TWO = Trainer(accelerator="cpu", devices=2, strategy="ddp")
 SRUN = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "slimkit"}
 
 
@@ -21,20 +23,27 @@ def test_one_process_of_a_job_of_two_says_how_to_start_both(
 ) -> None:
     job(monkeypatch, **SRUN)
     with pytest.raises(SlimkitError, match="has 2 tasks, .* start it with srun"):
-        join("cpu")
+        join(TWO)
+
+
+def test_one_process_that_wants_no_more_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    job(monkeypatch, **SRUN)
+    join(Trainer(accelerator="cpu", devices=1))
+    join(Trainer())
+    assert not dist.is_initialized()
 
 
 def test_what_lightning_says_of_a_job_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     job(monkeypatch, SLURM_NTASKS="2", SLURM_JOB_NAME="slimkit", SLURM_STEP_ID="0")
     with pytest.raises(SlimkitError, match="Lightning: .*--ntasks-per-node=2"):
-        join("cpu")
+        join(TWO)
 
 
 def test_a_job_of_one_task_and_an_interactive_one_are_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job(monkeypatch, **{**SRUN, "SLURM_NTASKS": "1"})
-    join("cpu")
+    join(TWO)
     job(monkeypatch, **{**SRUN, "SLURM_JOB_NAME": "interactive"})
-    join("cpu")
+    join(TWO)
     assert not dist.is_initialized()

@@ -122,6 +122,26 @@ class Ghost(nn.Module):
         return self.third(y)
 
 
+class Overwriting(nn.Module):
+    """Overwrites views and what is read again; and sums and activations that nobody else reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.drop = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 8, 6, 6) -> the same
+        x = self.a(x)
+        y = functional.relu_(self.drop(x))  # the same memory: x is clipped as well
+        y = self.b(y) + x
+        left, _ = y.chunk(2, 1)
+        functional.relu_(left)  # half of y
+        z = self.a(y)
+        z += y
+        flat = functional.relu_(z).flatten(2)
+        functional.hardtanh_(flat, 0.0, 0.5)  # z, too
+        return flat.reshape(z.shape) + z
+
+
 class Unknown(nn.Module):
     """Asks for two operations that ExecuTorch has no kernel for."""
 

@@ -18,6 +18,7 @@ from executorch_nets import (
     Ghost,
     Leaves,
     Mixed,
+    Overwriting,
     Padded,
     Shuffle,
     Unknown,
@@ -100,6 +101,17 @@ def test_layers_in_front_of_activations_in_place_compute_on_integers(tmp_path: P
     assert not {"Convolution", "ConvolutionDepthWise", "alias_copy", "_to_dim_order_copy"} & {
         *found
     }
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_is_overwritten_and_read_again_is_not_lost(quantized: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Overwriting().eval()
+    x = normal(8, 8, 6, 6)
+    made = case(ExecuTorch(), net, x, directory=tmp_path, quantized=quantized)
+    with torch.no_grad():
+        wanted = [made.model(x.clone())]  # the simulation, or the network
+    assert min(compare(wanted, made.outputs()).sqnr_db) >= (20 if quantized else 100)
 
 
 def test_tables_are_foretold() -> None:

@@ -131,9 +131,9 @@ def portable(found: Sequence[Step]) -> list[str]:
     counts = Counter(step.name for step in found if step.label == _KERNEL)
     return [
         f"{name}, {n} call{'s' if n > 1 else ''}, runs in a portable kernel of ExecuTorch, on one "
-        "thread and unoptimized, and the program on the device must link it: XNNPACK has none"
+        "thread and unoptimized: XNNPACK did not take it; use another operation, or link that "
+        "kernel on the device"
         for name, n in counts.most_common()
-        if name not in ("Quantize", "Dequantize")
     ]
 
 

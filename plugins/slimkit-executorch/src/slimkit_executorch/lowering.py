@@ -16,7 +16,7 @@ from slimkit_executorch import runtime
 from slimkit_executorch.leaves import pin_ranges_
 from slimkit_executorch.rewrites import rewrite_
 
-_LEAST_DB = 10.0  # of signal to difference, where integers may be a step apart
+_LEAST_DB = {False: 40.0, True: 10.0}  # in float, and where integers may be a step apart
 _WAY_OUT = "replace that operation in the model, or cut it off and compute it outside"
 
 
@@ -101,7 +101,7 @@ def compare_outputs(data: bytes, deployable: Deployable) -> None:
         )
     for number, (one, other) in enumerate(zip(expected, found, strict=True)):
         ratio = _decibels(one, other)
-        if ratio < _LEAST_DB:
+        if ratio < _LEAST_DB[deployable.quantized]:
             raise ExportError(
                 f"output {number} of ExecuTorch's file is not the model's ({ratio:.0f} dB of signal"
                 f" to difference): it has misread an operation; {_WAY_OUT}"

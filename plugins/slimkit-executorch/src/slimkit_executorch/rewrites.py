@@ -43,7 +43,16 @@ _OUT_OF_PLACE: dict[object, torch._ops.OpOverload] = {
     _aten.relu6_.default: _aten.relu6.default,
     _aten.hardtanh_.default: _aten.hardtanh.default,
     _aten.clamp_.default: _aten.clamp.default,
+    _aten.add_.Tensor: _aten.add.Tensor,
+    _aten.sub_.Tensor: _aten.sub.Tensor,
+    _aten.mul_.Tensor: _aten.mul.Tensor,
 }
+
+_NEW = LAYERS | {
+    _aten.conv1d.default, _aten.conv_transpose2d.input, _aten.add.Tensor, _aten.sub.Tensor,
+    _aten.mul.Tensor, _aten.cat.default, _aten.mean.dim, _aten.batch_norm.default, DEQUANTIZE,
+}  # fmt: skip
+"""Operations that give new memory, not a view of what they read."""
 
 
 def rewrite_(module: GraphModule) -> None:
@@ -67,13 +76,14 @@ def rewrite_(module: GraphModule) -> None:
 
 
 def compute_out_of_place_(module: GraphModule) -> None:
-    """Write activations that overwrite what they read, and that nobody else reads, as others.
+    """Write sums and activations that overwrite what a layer, a sum or a rounding gives as others.
 
     The layer in front of one would have two readers, and the partitioner would leave it in float.
+    What others give may be a view of a tensor that is read again.
     """
     for node in module.graph.nodes:
         twin = _OUT_OF_PLACE.get(node.target)
-        if twin is not None and len(_read(node).users) == 1:
+        if twin is not None and _is_alone(node):
             node.target = twin
 
 
@@ -103,7 +113,7 @@ def spell_hardsigmoids_(module: GraphModule) -> None:
     for node in [*graph.nodes]:
         if node.target not in (_aten.hardsigmoid.default, _aten.hardsigmoid_.default):
             continue
-        if node.target is _aten.hardsigmoid_.default and len(_read(node).users) > 1:
+        if node.target is _aten.hardsigmoid_.default and not _is_alone(node):
             continue
         if not node.meta["val"].is_floating_point():
             continue
@@ -204,6 +214,11 @@ def keep_pooled_dimensions_(module: GraphModule) -> None:
                 made = rounded(module, made, rounding.args[1:])
             made = graph.call_function(_aten.reshape.default, (made, [*shape_of(node)]))
         replace(node, made)
+
+
+def _is_alone(node: Node) -> bool:
+    """Whether what it reads is new memory that nobody else reads."""
+    return len(_read(node).users) == 1 and _read(node).target in _NEW
 
 
 def _read(node: Node) -> Node:

@@ -65,7 +65,8 @@ def floats(data: bytes) -> list[str]:
             shapes.setdefault(kind, []).append(shape)
     return [
         f"{kind}, {len(gives)} operator{'s' if len(gives) > 1 else ''} (the first gives "
-        f"{gives[0]}), computes in float: LiteRT has no integer one with these roundings"
+        f"{gives[0]}), computes in float: LiteRT has no integer one with these roundings; keep it, "
+        "or use an operation that has"
         for kind, gives in sorted(shapes.items(), key=lambda item: -len(item[1]))
     ]
 

@@ -174,6 +174,7 @@ def _opened(directory: Path) -> OnnxFile:
     Where a layer with float weights reads a rounded tensor, nothing is fused to integers: ONNX
     Runtime would round those weights too, which the file does not say (WeightBiasQuantization).
     """
+    required("onnx", "tensorrt")
     from slimkit_tensorrt.graph import float_layers_between_roundings
 
     path, data = directory / FILE, _file(directory)
