@@ -116,7 +116,6 @@ def row_of(
                 continue
             files[kind] = file
             row |= {"agrees": agreement.share, "decibels": min(agreement.sqnr_db)}
-            row["alive"] = len(test) == 1 or float(expected[0].std(0).max()) > 0
             row["kib"] = size_bytes(folder / kind) / 1024
             row["layers"] = layers(backend.operators(folder / kind))
             if given.score is not None:
