@@ -64,7 +64,7 @@ def said(row: Row, kind: str) -> str:
 
 
 def preflights(rows: list[Row], runtimes: list[str]) -> str:
-    """How often preflight was right on each target, and where it was not."""
+    """How often preflight was right on each target, where it was not, and what it refused."""
     lines = [
         "| target | networks | float: compiled as foretold | refused, rightly | wrongly |"
         " int8: compiled as foretold | refused, rightly | wrongly |"
@@ -92,9 +92,13 @@ def preflights(rows: list[Row], runtimes: list[str]) -> str:
             if "failure" in r:
                 wrong.append(f"- {r['name']}, {runtime}: not tried: {cell(r['failure'], 240)}")
                 continue
+            how = {kind: verdict(r, kind) for kind in ("float", "int8")}
+            if set(how.values()) == {"refused"}:
+                wrong.append(f"- {r['name']}, {runtime}: {said(r, 'float')}")
+                continue
             for kind in ("float", "int8"):
-                if (how := verdict(r, kind)) in ("miss", "false alarm"):
-                    wrong.append(f"- {r['name']}, {runtime}, {kind}: {how}: {said(r, kind)}")
+                if how[kind] != "hit":
+                    wrong.append(f"- {r['name']}, {runtime}, {kind}: {_mark(how[kind], r, kind)}")
             found = r["int8"]
             less = found.get("layers", 0) < found.get("promised", 0)
             if less and runtime != "tensorrt" and verdict(r, "int8") == "hit":
@@ -103,6 +107,10 @@ def preflights(rows: list[Row], runtimes: list[str]) -> str:
                     f"{found['layers']} in the file"
                 )
     return "\n".join([*lines, "", *(wrong or ["Nothing was foretold wrongly."]), ""])
+
+
+def _mark(how: str, row: Row, kind: str) -> str:
+    return said(row, kind) if how == "refused" else f"{how}: {said(row, kind)}"
 
 
 def files(rows: list[Row], runtimes: list[str]) -> str:

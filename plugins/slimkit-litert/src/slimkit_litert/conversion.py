@@ -18,7 +18,8 @@ from slimkit.silence import silenced
 from slimkit_litert.quiet import quiet
 
 _ops = torch.ops.quantized_decomposed
-_PADS = (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
+_aten = torch.ops.aten
+_APART = (_aten.pad.default, _aten.constant_pad_nd.default, _aten.linalg_vector_norm.default)
 _CONVERTER = "--no-deps --requirement plugins/slimkit-litert/converter.txt"  # of the repository
 
 
@@ -105,23 +106,23 @@ def _with_rounded_weights(deployable: Deployable) -> nn.Module:
             _ops.dequantize_per_tensor.default,
         ):
             _unfold_(module, node)
-    _dequantize_for_paddings_(module)
+    _dequantize_apart_(module)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
 
 
-def _dequantize_for_paddings_(module: GraphModule) -> None:
-    """Give each reader of what is padded a dequantization of its own.
+def _dequantize_apart_(module: GraphModule) -> None:
+    """Give each reader of what is padded, or taken the norm of, a dequantization of its own.
 
-    litert-torch 0.10 loses the shape of a dequantization that a padding and a convolution share,
-    and then refuses to lay it out channels last.
+    litert-torch 0.10 loses the shape of a dequantization that one of these shares with a layer, and
+    then refuses to lay it out channels last.
     """
     for node in [*module.graph.nodes]:
         if node.target is not _ops.dequantize_per_tensor.default:
             continue
         readers = [*node.users]
-        if not any(reader.target in _PADS for reader in readers):
+        if not any(reader.target in _APART for reader in readers):
             continue
         for reader in readers[1:]:
             with module.graph.inserting_before(node):
