@@ -274,14 +274,15 @@ def main() -> None:
             for name, section in variants(given).items()
         }
         parts += [title, table_of(rows)]
+    given_dense = " The dense ResNet-56 was given (--dense), not trained for this table."
     parts.append(
         f"Trained on {given.images:,} images for {given.epochs} epochs (dense teachers: "
         f"{given.dense_epochs}), last epoch, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, SGD "
         f"with cosine, learning rate {given.lr} (pruned) and {10 * given.lr:g}, bf16. Top-1 in "
         f"float32 on {given.held_out:,} images held out and on 1,000 test images; differences are "
         "paired, with their standard error over images and seeds. Weights of the losses are those "
-        "in benchmarks/distillation.py, not tuned. Minutes on a machine shared with other work "
-        f"({machine('torch')})."
+        f"in benchmarks/distillation.py, not tuned.{given_dense if given.dense else ''} Minutes on "
+        f"a machine shared with other work ({machine('torch')})."
     )
     found = "\n\n".join(parts) + "\n"
     print(found)
