@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -17,6 +18,8 @@ class Trial(Generic[T]):
     >>> class Thing: ...
     >>> trial, thing = Trial[str](), Thing()
     >>> trial.keep(thing, "made of it")
+    >>> trial.look(thing, lambda: "made again")
+    'made of it'
     >>> trial.take(Thing()), trial.take(thing), trial.take(thing)
     (None, 'made of it', None)
     """
@@ -35,6 +38,13 @@ class Trial(Generic[T]):
             return None
         made = self._made
         self._forget()
+        return made
+
+    def look(self, of: object, make: Callable[[], T]) -> T:
+        """What was made of this thing, or what `make` makes of it now; kept as it was."""
+        made = self.take(of)
+        made = make() if made is None else made
+        self.keep(of, made)
         return made
 
     def _forget(self, _dead: object = None) -> None:

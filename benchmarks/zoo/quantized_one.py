@@ -22,6 +22,7 @@ from slimkit.batches import first_sample
 from slimkit.deploy.agreement import compare
 from slimkit.deploy.deployed import compile_, simulate
 from slimkit.deploy.measurement import measure
+from slimkit.deploy.release import is_integer
 from slimkit.registry import discover
 
 CALIBRATION, TEST = 16, 8  # images
@@ -45,12 +46,8 @@ def quantized(model: nn.Module, images: Tensor, runtime: str, seconds: float) ->
         _, plain = compile_(model, backend, example, Path(name) / "float")
         _, small = compile_(fake, backend, example, Path(name) / "int8")
         found: dict[str, Any] = {"seconds": time.perf_counter() - begin}
-        integers = [
-            count
-            for kind, count in backend.operators(Path(name) / "int8").items()
-            if kind.endswith("int8") or "Integer" in kind or kind.startswith(("QLinear", "QGemm"))
-        ]
-        found["integers"] = sum(integers)
+        operators = backend.operators(Path(name) / "int8")
+        found["integers"] = sum(n for kind, n in operators.items() if is_integer(kind))
         reference, simulated, deployed = (
             simulate(model, test),
             simulate(fake, test),

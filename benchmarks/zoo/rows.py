@@ -44,6 +44,20 @@ def row_of(
     return found
 
 
+def kept(folder: Path) -> list[Row]:
+    """The rows in ``results.jsonl`` of a folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def keep_(folder: Path, rows: list[Row], row: Row) -> None:
+    """Add one row to `rows` and to ``results.jsonl``."""
+    rows.append(row)
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def collected(folder: Path, only: str, make: Callable[[str, str], Row], doing: str) -> list[Row]:
     """The rows of all architectures in order; those in ``results.jsonl`` are not made again.
 
@@ -53,15 +67,11 @@ def collected(folder: Path, only: str, make: Callable[[str, str], Row], doing: s
         make: the row of a library's architecture.
         doing: what the progress bar is called.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "results.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    rows = kept(folder)
     done = {row["name"] for row in rows}
     wanted = [a for a in architectures() if not only or a[1] in only.split(",")]
     for library, name in track([a for a in wanted if a[1] not in done], doing):
-        rows.append(make(library, name))
-        with kept.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        keep_(folder, rows, make(library, name))
     order = [name for _, name in wanted]
     return sorted((r for r in rows if r["name"] in order), key=lambda r: order.index(r["name"]))
 

@@ -12,13 +12,12 @@ results.jsonl is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from rich.progress import track
-from rows import Row, architectures, cell, machine, row_of
+from rows import Row, architectures, cell, keep_, kept, machine, row_of
 
 RUNTIMES = ("onnxruntime", "openvino", "ncnn", "tensorrt", "litert", "executorch")
 SLOW = ("litert", "executorch")  # to compile: they come last
@@ -80,9 +79,9 @@ def preflights(rows: list[Row], runtimes: list[str]) -> str:
             bad = found.count("miss") + found.count("false alarm")
             cells += [str(found.count("hit")), str(found.count("refused")), str(bad)]
         filed = [r["int8"] for r in mine if verdict(r, "int8") == "hit"]
-        kept = sum(min(r["layers"], r["promised"]) for r in filed)
+        integer = sum(min(r["layers"], r["promised"]) for r in filed)
         cells += [f"{sum(r['promised'] for r in filed):,}"]
-        cells += ["not told" if runtime == "tensorrt" else f"{kept:,}"]
+        cells += ["not told" if runtime == "tensorrt" else f"{integer:,}"]
         seconds = sorted(r["preflight_s"] for r in mine)
         cells += [f"{seconds[len(seconds) // 2]:.0f}" if seconds else ""]
         lines.append(f"| {' | '.join(cells)} |")
@@ -101,7 +100,7 @@ def preflights(rows: list[Row], runtimes: list[str]) -> str:
                     wrong.append(f"- {r['name']}, {runtime}, {kind}: {_mark(how[kind], r, kind)}")
             found = r["int8"]
             less = found.get("layers", 0) < found.get("promised", 0)
-            if less and runtime != "tensorrt" and verdict(r, "int8") == "hit":
+            if less and runtime != "tensorrt" and how["int8"] == "hit":
                 wrong.append(
                     f"- {r['name']}, {runtime}: {found['promised']} layers promised in int8, "
                     f"{found['layers']} in the file"
@@ -170,9 +169,7 @@ def main() -> None:
     wanted = [("data", name) for name in PRETRAINED if given.data]
     wanted += sorted(zoo, key=lambda one: one[1] not in MEASURED)
     wanted = [a for a in wanted if not given.only or a[1] in given.only.split(",")]
-    given.output.mkdir(parents=True, exist_ok=True)
-    kept = given.output / "results.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    rows = kept(given.output)
     done = {(row["name"], row["backend"]) for row in rows}
 
     def make(library: str, name: str, runtime: str) -> Row:
@@ -189,9 +186,7 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         running = [pool.submit(make, *one) for one in missing]
         for done_one in track(as_completed(running), "compiling", total=len(running)):
-            rows.append(done_one.result())
-            with kept.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            keep_(given.output, rows, done_one.result())
     order = {one[1:]: n for n, one in enumerate(every)}
     rows = [row for row in rows if (row["name"], row["backend"]) in order]
     rows.sort(key=lambda row: order[row["name"], row["backend"]])

@@ -27,6 +27,7 @@ from slimkit.deploy.deployed import Deployed, open_, simulate, size_bytes
 from slimkit.deploy.measurement import measure
 from slimkit.deploy.memory import peaks
 from slimkit.deploy.preflight import preflight
+from slimkit.deploy.release import is_integer
 from slimkit.errors import SlimkitError
 from slimkit.interfaces import Backend
 from slimkit.quantization.fake import QuantizedModel
@@ -36,11 +37,6 @@ from slimkit.registry import discover
 _PRODUCTS = frozenset({"matmul", "rmatmul", "imatmul", "bmm", "mm"})
 CALIBRATION, TEST = 4, 2  # random images of an architecture of the zoo
 _LAYER = re.compile(r"conv|gemm|matmul|linear|fully_?connected|inner_?product", re.IGNORECASE)
-
-
-def is_integer(kind: str) -> bool:
-    """Whether a backend's operator computes on integers, by what `Backend.operators` demands."""
-    return kind.endswith("int8") or "Integer" in kind or kind.startswith(("QLinear", "QGemm"))
 
 
 def layers(operators: dict[str, int]) -> int:

@@ -69,8 +69,7 @@ class ExecuTorch(Backend):
 
     def remarks(self, deployable: Deployable) -> list[str]:
         """The operators that run outside XNNPACK, in float and in int8."""
-        data = self._trial.take(deployable) or lowering.lowered(deployable)
-        self._trial.keep(deployable, data)
+        data = self._trial.look(deployable, lambda: lowering.lowered(deployable))
         return inspection.portable(inspection.steps(data, FILE))
 
     def compile(self, deployable: Deployable, directory: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from slimkit.decibels import decibels
 from slimkit.errors import ExportError
 from slimkit.interfaces import Deployable, tensors_of
 from slimkit.silence import silenced
@@ -112,10 +112,7 @@ def _decibels(expected: Tensor, found: Tensor) -> float:
     """Signal to difference where the expected values are finite."""
     known = expected.isfinite() if expected.is_floating_point() else torch.ones_like(expected) > 0
     signal, noise = expected[known].double(), (found[known].double() - expected[known].double())
-    power, lost = signal.square().sum().item(), noise.square().sum().item()
-    if lost == 0 or not signal.numel():
-        return math.inf
-    return 10 * math.log10(power / lost) if power and math.isfinite(lost) else -math.inf
+    return decibels(signal.square().sum().item(), noise.square().sum().item())
 
 
 def _refuse_float_weights(program: ExportedProgram) -> None:

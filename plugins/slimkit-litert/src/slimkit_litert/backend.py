@@ -73,9 +73,7 @@ class LiteRt(Backend):
         """The operators of the file that compute in float though the model is in int8."""
         if not deployable.quantized:
             return []
-        data = self._trial.take(deployable) or self._compiled(deployable)
-        self._trial.keep(deployable, data)
-        return floats(data)
+        return floats(self._trial.look(deployable, lambda: self._compiled(deployable)))
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.tflite``."""
