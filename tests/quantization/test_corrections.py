@@ -173,6 +173,10 @@ def means(model: nn.Module, name: str, x: Tensor, run) -> Tensor:
     ids=["bias", "beta", "mean", "transposed", "linear"],
 )
 def test_corrected_channels_have_the_means_of_the_float_network(layers, end) -> None:
+    torch.manual_seed(0)
+    for layer in layers:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()  # of this seed, not of what was imported before
     net = nn.Sequential(*layers)
     net.train()(3 * IMAGES + 1)
     net.eval()
