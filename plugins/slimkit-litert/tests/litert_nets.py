@@ -44,6 +44,28 @@ class Strided(nn.Module):
         return self.head(F.relu(self.long(F.pad(x, (0, 1, 0, 1))) + self.short(x)))
 
 
+class Norm2d(nn.LayerNorm):
+    """Normalizes over channels, which are moved to the end for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Scaled(nn.Module):
+    """ConvNeXt's block: normalized with channels last, scaled, and added to what it read."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.deep, self.norm = nn.Conv2d(width, width, 7, 1, 3), nn.LayerNorm(width)
+        self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.scale = nn.Parameter(torch.rand(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.deep(x).permute(0, 2, 3, 1))
+        y = self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        return self.scale * y + x
+
+
 class Padded(nn.Module):
     """Pads on two sides only, clips, and leaves through a layer, in the order of its channels."""
 

@@ -18,7 +18,7 @@ pytest.importorskip("slimkit_litert", reason="`make test-slow` installs it in .v
 pytest.importorskip("ai_edge_litert", reason="needs LiteRT: pip install ai-edge-litert")
 
 from ai_edge_litert.interpreter import Interpreter, OpResolverType  # noqa: E402
-from litert_nets import Layers, Mixed, Padded, Strided  # noqa: E402
+from litert_nets import Layers, Mixed, Norm2d, Padded, Scaled, Strided  # noqa: E402
 from slimkit_litert.backend import LiteRt  # noqa: E402
 
 import slimkit  # noqa: E402
@@ -98,6 +98,18 @@ def test_a_padding_beside_another_reader_computes_on_integers(tmp_path: Path) ->
     found = LiteRt().operators(made.directory)
     assert found["CONV_2D int8"] == 4
     assert {kind for kind in found if not kind.endswith("int8")} == {"QUANTIZE", "DEQUANTIZE"}
+
+
+def test_a_block_that_is_normalized_with_channels_last(tmp_path: Path) -> None:
+    """litert-torch broadcast the sum over the wrong dimension, and refused."""
+    torch.manual_seed(0)
+    ends = nn.Conv2d(3, 12, 4, 4), nn.Conv2d(12, 4, 1)
+    net = nn.Sequential(ends[0], Norm2d(12), Scaled(12), Scaled(12), Norm2d(12), ends[1])
+    made = case(LiteRt(), net, normal(8, 3, 32, 32), directory=tmp_path)
+    assert sqnr(*made.compared()) >= 35
+    found = LiteRt().operators(made.directory)
+    kinds = ("CONV_2D int8", "FULLY_CONNECTED int8", "ADD int8")
+    assert [found[kind] for kind in kinds] == [4, 4, 2]
 
 
 def test_what_computes_in_float_is_named(int8: dict[str, Case]) -> None:

@@ -18,8 +18,6 @@ from slimkit.silence import silenced
 from slimkit_litert.quiet import quiet
 
 _ops = torch.ops.quantized_decomposed
-_aten = torch.ops.aten
-_APART = (_aten.pad.default, _aten.constant_pad_nd.default, _aten.linalg_vector_norm.default)
 _CONVERTER = "--no-deps --requirement plugins/slimkit-litert/converter.txt"  # of the repository
 
 
@@ -113,18 +111,15 @@ def _with_rounded_weights(deployable: Deployable) -> nn.Module:
 
 
 def _dequantize_apart_(module: GraphModule) -> None:
-    """Give each reader of what is padded, or taken the norm of, a dequantization of its own.
+    """Give each reader a dequantization of its own.
 
-    litert-torch 0.10 loses the shape of a dequantization that one of these shares with a layer, and
-    then refuses to lay it out channels last.
+    litert-torch 0.10 loses the shape of one that a padding, a norm or a sum shares with a layer,
+    and then refuses to lay it out channels last. Those that are integers in the end leave no trace.
     """
     for node in [*module.graph.nodes]:
         if node.target is not _ops.dequantize_per_tensor.default:
             continue
-        readers = [*node.users]
-        if not any(reader.target in _APART for reader in readers):
-            continue
-        for reader in readers[1:]:
+        for reader in [*node.users][1:]:
             with module.graph.inserting_before(node):
                 own = module.graph.node_copy(node)
             reader.replace_input_with(node, own)
