@@ -5,15 +5,16 @@
 
 Two tables. In the first, a ResNet-56 is pruned to 40 % of its multiply-accumulates with the
 default recipe, with labels only and with each loss that bears other widths, taught by its dense
-self. In the second, a ResNet-20 learns from nothing: from labels, from that ResNet-56 by each loss,
-and from several teachers. Rows of a table have the same data, seeds, epochs and optimizer; every
-loss stands beside the labels' loss with the one weight that is written here: kl's is the recipe's
-default, the others begin about as large as the labels' loss where a ResNet-20 learns from nothing.
-None was tuned by any accuracy.
+self. In the second, a ResNet-20 learns from nothing: from labels, from the pretrained ResNet-56 of
+the data folder by each loss, and from several teachers. Rows of a table have the same data, seeds,
+epochs and optimizer; every loss stands beside the labels' loss with the one weight that is written
+here: kl's is the recipe's default, the others begin about as large as the labels' loss where a
+ResNet-20 learns from nothing. None was tuned by any accuracy.
 
-Dense networks are trained on the first --images training images. All are tested after the last
-epoch on the last --held-out training images, which nobody saw, and on the 1,000 test images. What
-is finished lies in --work and is not made again; a killed run goes on from its last epoch.
+The dense network of the first table is trained on the 40,000 images in front of those held out. All
+are tested after the last epoch on the last --held-out training images, which they never saw (the
+second table's pretrained teachers did), and on the 1,000 test images. What is finished lies in
+--work and is not made again; a killed run goes on from its last epoch.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from slimkit.pruning.cost import macs
 TARGET = 0.4  # of the multiply-accumulates
 LAYERS = ("layer1", "layer2", "layer3")
 LABELS = "labels only"
+DENSE_IMAGES = 40_000  # that the network to be pruned is trained on
 
 Row = dict[str, Any]
 
@@ -75,13 +77,6 @@ FADING = {"value": 2.0, "schedule": "linear", "to": 0.0}
 RISING = {"value": 1.0, "schedule": "warm-up", "during": [0.0, 0.5]}
 
 
-def saved(file: str, n: int) -> nn.Module:
-    """A network of depth 6 n + 2 with the weights of a file: what recipes here call a teacher."""
-    model = ResNet(n)
-    model.load_state_dict(torch.load(file))
-    return model
-
-
 def pruned_variants(given: argparse.Namespace) -> dict[str, Any]:
     """Name to the distill section, for the first table."""
     wanted = {name: {"losses": losses} for name, losses in ANY_WIDTH.items()}
@@ -93,9 +88,13 @@ def pruned_variants(given: argparse.Namespace) -> dict[str, Any]:
 
 def taught_variants(given: argparse.Namespace) -> dict[str, Any]:
     """Name to the distill section, for the second table."""
+    weights = Path(given.data) / "weights"
     one, two = (
-        {"name": "distillation:saved", "options": {"file": str(dense_file(given, n)), "n": n}}
-        for n in (9, 5)
+        {
+            "name": f"cifar10.models:{name}",
+            "options": {"weights": str(weights / f"cifar10_{name}.safetensors")},
+        }
+        for name in ("resnet56", "resnet20")
     )
     wanted = {
         name: {"losses": losses, "teacher": one}
@@ -107,7 +106,7 @@ def taught_variants(given: argparse.Namespace) -> dict[str, Any]:
         "label_weight": RISING,
         "teacher": one,
     }
-    wanted["kl from ResNet-56 and ResNet-32"] = {**kl, "teacher": [one, two]}
+    wanted["kl from ResNet-56 and ResNet-20"] = {**kl, "teacher": [one, two]}
     wanted["kl from both, by confidence"] = {
         **kl,
         "teacher": [one, two],
@@ -136,44 +135,39 @@ def _chosen(wanted: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]
     return {n: section for n, section in wanted.items() if names is None or first[n] in names}
 
 
-def data_of(given: argparse.Namespace, seed: int) -> Cifar10:
-    """The first --images training images in an order of the seed, and those held out."""
-    return Cifar10(given.data, train_images=given.images, val_images=given.held_out, seed=seed)
+def data_of(given: argparse.Namespace, seed: int, images: int | None = None) -> Cifar10:
+    """The first training images in an order of the seed, and those held out."""
+    images = images or given.images
+    return Cifar10(given.data, train_images=images, val_images=given.held_out, seed=seed)
 
 
-def row_trained(
-    model: nn.Module, recipe: dict[str, Any], epochs: int, given: argparse.Namespace, name: str
-) -> nn.Module:
-    """The network after the recipe's training, with the seed that ends its name."""
-    seed = int(name.rpartition("-")[2])
-    return trained(model, recipe, epochs, data_of(given, seed), given.work / name, seed)
-
-
-def dense_file(given: argparse.Namespace, n: int) -> Path:
-    """Weights of a dense network of depth 6 n + 2, trained here unless --dense names them."""
-    if n == 9 and given.dense is not None:
-        return Path(given.dense)
-    file = given.work / f"dense{n}.pt"
+def dense(given: argparse.Namespace) -> nn.Module:
+    """The ResNet-56 that is pruned, trained once."""
+    file, model = given.work / "dense9.pt", ResNet(9)
     if not file.exists():
         recipe = {"optimizer": {"name": "sgd", "lr": 0.1}, "distill": False}
-        pl.seed_everything(n, verbose=False)
-        model = ResNet(n).to(memory_format=torch.channels_last)
-        model = row_trained(model, recipe, given.dense_epochs, given, f"dense{n}-0")
+        pl.seed_everything(9, verbose=False)
+        model = ResNet(9).to(memory_format=torch.channels_last)
+        data = data_of(given, 0, DENSE_IMAGES)
+        model = trained(model, recipe, given.dense_epochs, data, given.work / "dense9-0", 0)
         torch.save(model.state_dict(), file)
-    return file
+    model.load_state_dict(torch.load(file))
+    return model
 
 
 def network(table: str, section: Any, given: argparse.Namespace, name: str) -> nn.Module:
-    """The trained network of a row."""
+    """The trained network of a row, with the seed that ends its name."""
+    seed = int(name.rpartition("-")[2])
     if table == "pruned":
-        model = saved(str(dense_file(given, 9)), 9)
+        model, epochs = dense(given), given.epochs
         recipe = {"prune": {"target": {"flops": TARGET}}, "optimizer": {"lr": given.lr}}
     else:
-        pl.seed_everything(int(name.rpartition("-")[2]), verbose=False)
-        model = ResNet(3)
+        pl.seed_everything(seed, verbose=False)
+        model, epochs = ResNet(3), given.taught_epochs
         recipe = {"optimizer": {"lr": 10 * given.lr}}
     model = model.to(memory_format=torch.channels_last)
-    return row_trained(model, {**recipe, "distill": section}, given.epochs, given, name)
+    recipe["distill"] = section
+    return trained(model, recipe, epochs, data_of(given, seed), given.work / name, seed)
 
 
 def answers(model: nn.Module, data: Cifar10) -> tuple[Tensor, Tensor]:
@@ -235,6 +229,20 @@ def table_of(rows: dict[str, list[Row]]) -> str:
     return "\n".join(lines)
 
 
+def how(table: str, given: argparse.Namespace) -> str:
+    """What the rows of a table were trained on."""
+    if table == "pruned":
+        return (
+            f"{given.images:,} images, {given.epochs} epochs, pruning included, learning rate "
+            f"{given.lr}; the dense network before: {DENSE_IMAGES:,} images, {given.dense_epochs} "
+            "epochs."
+        )
+    return (
+        f"{given.images:,} images, {given.taught_epochs} epochs, learning rate {10 * given.lr:g}; "
+        "the teachers are the pretrained networks of the data folder."
+    )
+
+
 TABLES = {
     "pruned": (
         f"## ResNet-56 pruned to {TARGET:.0%} of its MACs, taught by its dense self",
@@ -253,12 +261,12 @@ def main() -> None:
     parser.add_argument("--losses", help="such as kl,hint; left out: all")
     parser.add_argument("--variants", help="rows, such as kl;kl + hint; left out: all of --losses")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=10, help="of the first table")
+    parser.add_argument("--taught-epochs", type=int, default=20, help="of the second table")
     parser.add_argument("--dense-epochs", type=int, default=14)
     parser.add_argument("--images", type=int, default=40_000, help="to train on")
     parser.add_argument("--held-out", type=int, default=10_000, help="images to test on")
     parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--dense", help="weights of a ResNet-56 trained on the same images")
     parser.add_argument("--output", type=Path, help="Markdown file for the tables")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -273,16 +281,13 @@ def main() -> None:
             name: [row_of(table, name, section, seed, given) for seed in seeds]
             for name, section in variants(given).items()
         }
-        parts += [title, table_of(rows)]
-    given_dense = " The dense ResNet-56 was given (--dense), not trained for this table."
+        parts += [title, table_of(rows), how(table, given)]
     parts.append(
-        f"Trained on {given.images:,} images for {given.epochs} epochs (dense teachers: "
-        f"{given.dense_epochs}), last epoch, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, SGD "
-        f"with cosine, learning rate {given.lr} (pruned) and {10 * given.lr:g}, bf16. Top-1 in "
-        f"float32 on {given.held_out:,} images held out and on 1,000 test images; differences are "
-        "paired, with their standard error over images and seeds. Weights of the losses are those "
-        f"in benchmarks/distillation.py, not tuned.{given_dense if given.dense else ''} Minutes on "
-        f"a machine shared with other work ({machine('torch')})."
+        f"Last epoch, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, SGD with cosine, bf16. "
+        f"Top-1 in float32 on {given.held_out:,} images held out and on 1,000 test images; "
+        "differences are paired, with their standard error over images and seeds. Weights of the "
+        "losses are those in benchmarks/distillation.py, not tuned. Minutes on a machine shared "
+        f"with other work ({machine('torch')})."
     )
     found = "\n\n".join(parts) + "\n"
     print(found)
