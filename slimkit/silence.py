@@ -1,12 +1,15 @@
-"""Silence for libraries that print."""
+"""Silence for libraries that print, and what they would have said."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import os
+import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -24,3 +27,24 @@ def silenced() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[Callable[[], str]]:
+    """Inside, what Python and C code write to the terminal goes into what is called afterwards."""
+    heard: list[str] = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as file, io.StringIO() as text:
+        try:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                yield lambda: "".join(heard)
+        finally:
+            for number, old in enumerate(before, start=1):
+                os.dup2(old, number)
+                os.close(old)
+            file.seek(0)
+            heard += [text.getvalue(), file.read().decode(errors="replace")]

@@ -23,6 +23,7 @@ from slimkit.progress import quiet
 from slimkit.pruning.prune import prune
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.finished import finish
+from slimkit.silence import captured
 from slimkit.testing.networks import NETWORKS, UNUSUAL, made
 from slimkit.testing.promises import Promises, Subject
 from slimkit.testing.worker import in_fresh_process
@@ -314,6 +315,90 @@ def an_open_file_outlives_its_folder(subject: Subject, case: ModelCase) -> str |
         run = backend.load(folder / "files")
     found = list(run(inputs))
     return None if _equal(found, expected) else "other outputs once the folder was gone"
+
+
+@BACKEND.on(small)
+def missing_or_damaged_files_are_one_error(subject: Subject, case: ModelCase) -> str | None:
+    """Without one of its files, or with half of it, a folder is not opened.
+
+    The `ExportError` names the file or the folder.
+    """
+    backend = subject.make()
+    inputs = case.built(backend)[1][:1]
+    with _folder() as folder:
+        deployed = _compiled(backend, case, folder / "files")
+        expected = [t.clone() for t in deployed.flat(inputs)]
+        for path in sorted((folder / "files").rglob("*")):
+            if not path.is_file():
+                continue
+            whole = path.read_bytes()
+            for how, content in (("cut", whole[: len(whole) // 2]), ("empty", b""), ("gone", None)):
+                path.unlink() if content is None else path.write_bytes(content)
+                try:
+                    found = list(backend.load(folder / "files")(inputs))
+                except ExportError as error:
+                    if path.name not in str(error) and str(path.parent) not in str(error):
+                        return f"{path.name} {how}: {error!r} names no file"
+                else:
+                    if not _equal(found, expected):  # the file may hold what nobody needs
+                        return f"{path.name} {how}, and other outputs"
+                path.write_bytes(whole)
+    return None
+
+
+@BACKEND.on(small)
+def inputs_that_do_not_fit_are_one_error(subject: Subject, case: ModelCase) -> str | None:
+    """One input too many, none, or one of another shape is an `ExportError`, and no output."""
+    backend = subject.make()
+    x = case.built(backend)[1][:1]
+    others = {
+        "two inputs instead of one": (x, x),
+        "no input": (),
+        "twice the channels": (torch.cat([x, x], 1),),
+        "an input without its batch": (x[0],),
+        "a column less": (x[..., :-1],),
+    }
+    with _folder() as folder:
+        run = _compiled(backend, case, folder / "files").runner
+        expected = [t.clone() for t in run(x)]
+        for what, inputs in others.items():
+            try:
+                found = list(run(*inputs))
+            except ExportError:
+                continue
+            return f"outputs of shape {[tuple(t.shape) for t in found]} for {what}"
+        found = list(run(x))
+    return None if _equal(found, expected) else "other outputs after inputs that did not fit"
+
+
+@BACKEND.on(small)
+def the_same_model_gives_the_same_files(subject: Subject, case: ModelCase) -> str | None:
+    """Compiled twice, a model gives the same bytes: whoever builds it again can compare."""
+    backend = subject.make()
+    deployable = case.finished(backend)
+    with _folder() as folder:
+        found = []
+        for name in ("first", "second"):
+            (folder / name).mkdir()
+            subject.make().compile(deployable, folder / name)
+            files = [path for path in (folder / name).rglob("*") if path.is_file()]
+            found.append({path.relative_to(folder / name): path.read_bytes() for path in files})
+    first, second = found
+    others = [str(path) for path in first.keys() | second if first.get(path) != second.get(path)]
+    return f"other bytes in {', '.join(sorted(others))}" if others else None
+
+
+@BACKEND.on(small)
+def prints_nothing(subject: Subject, case: ModelCase) -> str | None:
+    """Nothing reaches the terminal but through `logging`, from runtimes in C++ neither."""
+    backend = subject.make()
+    deployable = case.finished(backend)
+    with _folder() as folder, captured() as said:
+        backend.check(deployable)
+        backend.compile(deployable, folder)
+        backend.load(folder)(case.built(backend)[1][:1])
+        backend.operators(folder)
+    return f"{said()!r}" if said() else None
 
 
 @BACKEND.on(small)

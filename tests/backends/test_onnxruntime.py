@@ -349,13 +349,6 @@ def test_damaged_file_is_refused(tmp_path: Path) -> None:
         OnnxRuntime().load(tmp_path)
 
 
-def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    compiled(deployable(Residual(), normal(1, 3, 32, 32)), tmp_path)
-    OnnxRuntime().load(tmp_path)(normal(1, 3, 32, 32))
-    OnnxRuntime().operators(tmp_path)
-    assert capfd.readouterr() == ("", "")
-
-
 def test_the_profile_tells_the_time_of_every_operator(tmp_path: Path) -> None:
     x = normal(1, 3, 16, 16)
     compiled(deployable(Residual(), x), tmp_path)

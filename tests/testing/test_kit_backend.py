@@ -1,6 +1,9 @@
 """Every promise of a backend is broken by a plugin that breaks only this one."""
 
+import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,20 +40,19 @@ class Silencing(Reference):
 
 
 class Remembering(Reference):
-    """Keeps the program in the process and writes nothing but its number."""
+    """Opens what this process has written."""
 
-    programs = []
+    written = set()
 
     def compile(self, deployable, directory):
-        (directory / FILE).write_text(str(len(self.programs)))
-        self.programs.append(deployable.program)
+        super().compile(deployable, directory)
+        self.written.add((directory / FILE).read_bytes())
 
     def load(self, directory, threads=1):
-        module = self.programs[int((directory / FILE).read_text())].module()
-        return lambda *inputs: torch.utils._pytree.tree_leaves(module(*inputs))
-
-    def operators(self, directory):
-        return {}
+        run = super().load(directory, threads)
+        if (directory / FILE).read_bytes() not in self.written:
+            raise ExportError(f"{FILE} was written elsewhere")
+        return run
 
 
 class Faulty(Reference):
@@ -60,12 +62,15 @@ class Faulty(Reference):
 
     def compile(self, deployable, directory):
         super().compile(deployable, directory)
-        if deployable.quantized == self.quantized:
-            (directory / "wrong").touch()
+        factor = 1.1 if deployable.quantized == self.quantized else 1.0
+        (directory / "factor.json").write_text(json.dumps({"factor": factor}))
 
     def load(self, directory, threads=1):
         run = super().load(directory, threads)
-        factor = 1.1 if (directory / "wrong").exists() else 1.0
+        try:
+            factor = json.loads((directory / "factor.json").read_text())["factor"]
+        except (OSError, ValueError) as error:
+            raise ExportError("factor.json is damaged") from error
         return lambda *inputs: [factor * out for out in run(*inputs)]
 
 
@@ -123,6 +128,45 @@ class Lazy(Reference):
         return lambda *inputs: Reference.load(self, directory, threads)(*inputs)
 
 
+class Trusting(Reference):
+    """Lets through whatever a damaged file raises."""
+
+    def load(self, directory, threads=1):
+        torch.export.load(directory / FILE)
+        return super().load(directory, threads)
+
+
+class Forgiving(Reference):
+    """Gives zeros for inputs that do not fit."""
+
+    def load(self, directory, threads=1):
+        run = super().load(directory, threads)
+
+        def forgiven(*inputs):
+            try:
+                return run(*inputs)
+            except ExportError:
+                return [torch.zeros(1, 10)]
+
+        return forgiven
+
+
+class Stamping(Reference):
+    """Writes down when it compiled."""
+
+    def compile(self, deployable, directory):
+        super().compile(deployable, directory)
+        (directory / "built.txt").write_text(str(time.time_ns()))
+
+
+class Talking(Reference):
+    """Says what it does."""
+
+    def compile(self, deployable, directory):
+        super().compile(deployable, directory)
+        os.write(1, b"compiled\n")
+
+
 class Littering(Reference):
     """Writes a log into the working directory."""
 
@@ -140,15 +184,27 @@ class Misnaming(Reference):
 
 MUTANTS = {
     Unprepared: {"scheme_is_complete"},
-    Silencing: {"the_model_is_not_changed", "two_artifacts_at_once"},
+    Silencing: {
+        "the_model_is_not_changed",
+        "two_artifacts_at_once",
+        "the_same_model_gives_the_same_files",
+    },
     Remembering: {"runs_in_a_fresh_process"},
     Faulty: {*FLOAT, "preflight_tells_the_truth"},
     FaultyInInt8: INT8,
-    Blurring: {"samples_do_not_meet", "two_artifacts_at_once"},
+    Blurring: {
+        "samples_do_not_meet",
+        "two_artifacts_at_once",
+        "inputs_that_do_not_fit_are_one_error",
+    },
     Optimistic: {"preflight_tells_the_truth"},
     Speechless: {"preflight_tells_the_truth"},
     Confusing: {"two_artifacts_at_once"},
     Lazy: {"an_open_file_outlives_its_folder"},
+    Trusting: {"missing_or_damaged_files_are_one_error"},
+    Forgiving: {"inputs_that_do_not_fit_are_one_error"},
+    Stamping: {"the_same_model_gives_the_same_files"},
+    Talking: {"prints_nothing"},
     Littering: {"writes_into_its_folder_only"},
     Misnaming: {"operators_and_times_fit"},
 }

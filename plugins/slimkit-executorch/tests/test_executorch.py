@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -251,30 +250,6 @@ def test_a_thread_of_the_pool_is_a_thread_of_the_process(int8: dict[str, Case]) 
     assert counts[1] - counts[0] == 2
 
 
-def test_two_artifacts_run_side_by_side_when_their_folders_are_gone(
-    int8: dict[str, Case], dense: dict[str, Case], tmp_path: Path
-) -> None:
-    both = int8["mixed"], dense["mixed"]
-    for number, made in enumerate(both):
-        shutil.copytree(made.directory, tmp_path / str(number))
-    runs = [ExecuTorch().load(tmp_path / str(number)) for number in range(2)]
-    x = normal(1, 3, 24, 24, seed=5)
-    alone = [made.run()(x)[0] for made in both]
-    shutil.rmtree(tmp_path)
-    for _ in range(2):
-        for run, expected in zip(runs, alone, strict=True):
-            assert torch.equal(run(x)[0], expected)
-    assert not torch.equal(alone[0], alone[1])
-
-
-def test_outputs_of_one_run_are_not_overwritten_by_the_next(int8: dict[str, Case]) -> None:
-    run = int8["mixed"].run()
-    first = run(normal(1, 3, 24, 24))[0]
-    kept = first.clone()
-    run(normal(1, 3, 24, 24, seed=1))
-    assert torch.equal(first, kept)
-
-
 ALONE = """
 import sys
 import numpy as np
@@ -295,13 +270,6 @@ def test_the_file_runs_in_a_process_without_slimkit(int8: dict[str, Case], tmp_p
     subprocess.run([sys.executable, "-c", ALONE, file, tmp_path], check=True, cwd=tmp_path)
     out = torch.from_numpy(np.load(tmp_path / "out.npy"))
     torch.testing.assert_close(out, made.outputs()[0][:1], rtol=0, atol=0)
-
-
-def test_the_same_model_gives_the_same_file(int8: dict[str, Case], tmp_path: Path) -> None:
-    made = int8["padded"]
-    ExecuTorch().compile(made.deployable, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [backend.FILE]
-    assert (tmp_path / backend.FILE).read_bytes() == (made.directory / backend.FILE).read_bytes()
 
 
 def test_the_profile_names_the_operators(int8: dict[str, Case]) -> None:

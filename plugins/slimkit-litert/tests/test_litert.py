@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,14 +191,6 @@ def test_integer_io_takes_and_gives_the_integers_themselves(tmp_path: Path) -> N
     assert {k: n for k, n in engine.operators(tmp_path).items() if k in inner} == inner
 
 
-def test_outputs_of_one_run_are_not_overwritten_by_the_next(int8: dict[str, Case]) -> None:
-    run = int8["mixed"].run()
-    first = run(normal(1, 3, 32, 32))[0]
-    kept = first.clone()
-    run(normal(1, 3, 32, 32, seed=1))
-    assert torch.equal(first, kept)
-
-
 def test_threads_change_no_integer(int8: dict[str, Case]) -> None:
     x = normal(1, 3, 32, 32, seed=2)
     one, two = (LiteRt().load(int8["layers"].directory, threads=n)(x)[0] for n in (1, 2))
@@ -269,14 +260,6 @@ def test_damaged_file_is_refused(int8: dict[str, Case], damage: str, tmp_path: P
         LiteRt().load(tmp_path)
 
 
-def test_inputs_that_do_not_fit_are_refused(int8: dict[str, Case]) -> None:
-    run = int8["mixed"].run()
-    with pytest.raises(ExportError, match="takes 1 inputs, 2 were given"):
-        run(normal(1, 3, 32, 32), normal(1, 3, 32, 32))
-    with pytest.raises(ExportError, match="does not run on these inputs"):
-        run(normal(1, 4, 32, 32))
-
-
 class Cholesky(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.cholesky_ex(x)[0]
@@ -304,15 +287,3 @@ except Exception as error:
 def test_missing_converter_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
     assert done.stdout.startswith("UnavailableError the litert backend needs litert_torch: pip")
-
-
-def test_nothing_is_printed(
-    int8: dict[str, Case], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    made = int8["padded"]
-    shutil.rmtree(tmp_path)
-    tmp_path.mkdir()
-    LiteRt().compile(made.deployable, tmp_path)
-    LiteRt().load(tmp_path)(made.inputs[0][:1])
-    LiteRt().operators(tmp_path)
-    assert capfd.readouterr() == ("", "")

@@ -119,29 +119,6 @@ def test_several_inputs_and_named_outputs_keep_their_order_and_types(
     torch.testing.assert_close(found, made.expected(), rtol=0, atol=1e-5)
 
 
-def test_two_artifacts_run_side_by_side_when_their_folders_are_gone(
-    int8: dict[str, Case], dense: dict[str, Case], tmp_path: Path
-) -> None:
-    for name, made in (("int8", int8["residual"]), ("float", dense["residual"])):
-        shutil.copytree(made.directory, tmp_path / name)
-    runs = [OpenVino().load(tmp_path / name) for name in ("int8", "float")]
-    x = normal(1, 3, 32, 32, seed=5)
-    alone = [made.run()(x)[0] for made in (int8["residual"], dense["residual"])]
-    shutil.rmtree(tmp_path)
-    for _ in range(2):
-        for run, expected in zip(runs, alone, strict=True):
-            assert torch.equal(run(x)[0], expected)
-    assert not torch.equal(alone[0], alone[1])
-
-
-def test_outputs_of_one_run_are_not_overwritten_by_the_next(int8: dict[str, Case]) -> None:
-    run = int8["residual"].run()
-    first = run(normal(1, 3, 32, 32))[0]
-    kept = first.clone()
-    run(normal(1, 3, 32, 32, seed=1))
-    assert torch.equal(first, kept)
-
-
 ALONE = """
 import sys
 import numpy as np
@@ -175,14 +152,6 @@ def test_no_shape_of_a_convolution_is_left_to_be_computed(int8: dict[str, Case])
         text = (int8[name].directory / "model.xml").read_text()
         assert 'type="FakeQuantize"' in text
         assert 'type="ShapeOf"' not in text
-
-
-def test_the_same_model_gives_the_same_file(int8: dict[str, Case], tmp_path: Path) -> None:
-    made = int8["depthwise"]
-    OpenVino().compile(made.deployable, tmp_path)
-    for file in ("model.xml", "model.bin"):
-        assert (tmp_path / file).read_bytes() == (made.directory / file).read_bytes()
-    assert {file.name for file in tmp_path.iterdir()} == {"model.xml", "model.bin"}
 
 
 def test_the_profile_names_the_operators(int8: dict[str, Case]) -> None:
@@ -252,23 +221,6 @@ def test_missing_file_is_named(int8: dict[str, Case], tmp_path: Path) -> None:
         OpenVino().load(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["model.xml", "model.bin"])
-def test_damaged_file_is_refused(int8: dict[str, Case], file: str, tmp_path: Path) -> None:
-    shutil.copytree(int8["residual"].directory, tmp_path, dirs_exist_ok=True)
-    whole = (tmp_path / file).read_bytes()
-    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ExportError, match=r"cannot load .*model\.xml: \w"):
-        OpenVino().load(tmp_path)
-
-
-def test_inputs_that_do_not_fit_are_refused(int8: dict[str, Case]) -> None:
-    run = int8["residual"].run()
-    with pytest.raises(ExportError, match="takes 1 inputs, 2 were given"):
-        run(normal(1, 3, 32, 32), normal(1, 3, 32, 32))
-    with pytest.raises(ExportError, match="does not run on these inputs"):
-        run(normal(1, 4, 32, 32))
-
-
 class Cholesky(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.cholesky_ex(x)[0]
@@ -278,16 +230,6 @@ def test_what_stands_in_the_way_is_said_in_a_sentence(int8: dict[str, Case]) -> 
     (problem,) = OpenVino().check(finish(Cholesky(), (torch.eye(3)[None],)))
     assert "cholesky" in problem
     assert OpenVino().check(int8["depthwise"].deployable) == []
-
-
-def test_nothing_is_printed(
-    int8: dict[str, Case], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    made = int8["depthwise"]
-    OpenVino().compile(made.deployable, tmp_path)
-    OpenVino().load(tmp_path)(made.inputs[0][:1])
-    OpenVino().operators(tmp_path)
-    assert capfd.readouterr() == ("", "")
 
 
 class Spectrum(nn.Module):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from slimkit.disk import refuse_full
 from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
+from slimkit.silence import captured
 from slimkit.trial import Trial
 
 PARAM, BIN, SHAPES = "model.ncnn.param", "model.ncnn.bin", "shapes.json"
@@ -63,7 +60,7 @@ class Ncnn(Backend):
         return []
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
-        """Write ``model.ncnn.param``, ``model.ncnn.bin`` and the output shapes."""
+        """Write ``model.ncnn.param``, ``model.ncnn.bin`` and the shapes, which they lack."""
         files = self._trial.take(deployable) or _compiled(deployable)
         for name, data in files.items():
             (directory / name).write_bytes(data)
@@ -79,18 +76,18 @@ class Ncnn(Backend):
         for name in (PARAM, BIN, SHAPES):
             if not (directory / name).exists():
                 raise ExportError(f"{directory / name} is missing: export again")
-        shapes = json.loads((directory / SHAPES).read_text())["outputs"]
-        with _captured() as said:
+        takes, gives = _shapes(directory / SHAPES)
+        with captured() as said:
             failed = net.load_param(str(directory / PARAM)) or net.load_model(str(directory / BIN))
         if failed:
-            raise ExportError(f"ncnn cannot load {directory}: {_last_line(said)}")
+            raise ExportError(f"ncnn cannot load {directory}: {_last_line(said())}")
         inputs = sorted(net.input_names(), key=_number)
         outputs = sorted(net.output_names(), key=_number)
 
         def run(*tensors: Tensor) -> list[Tensor]:
             if len(tensors) != len(inputs):
                 raise ExportError(f"{PARAM} takes {len(inputs)} inputs, {len(tensors)} were given")
-            arrays = [_array(tensor) for tensor in tensors]
+            arrays = [_array(t, shape) for t, shape in zip(tensors, takes, strict=True)]
             # Must live until all is extracted. Copies: ncnn's layers compute in place, and those
             # that do so on memory that is not ncnn's own crash (LayerNorm) or overwrite the input.
             mats = [ncnn.Mat(array).clone() for array in arrays]
@@ -98,7 +95,7 @@ class Ncnn(Backend):
             for name, mat in zip(inputs, mats, strict=True):
                 extractor.input(name, mat)
             found = []
-            for name, shape in zip(outputs, shapes, strict=True):
+            for name, shape in zip(outputs, gives, strict=True):
                 code, mat = extractor.extract(name)
                 if code != 0:
                     raise ExportError(f"ncnn failed with code {code} to compute {name} of {PARAM}")
@@ -132,11 +129,21 @@ def _compiled(deployable: Deployable) -> dict[str, bytes]:
             f"ncnn has no layer for {', '.join(unknown)} (pnnx left it as it was): replace "
             "that operation in the model, or cut it off and compute it outside"
         )
+    ports = {"inputs": [[*t.shape] for t in deployable.example_inputs], "outputs": shapes}
     return {
         PARAM: write_param(layers).encode(),
         BIN: weights,
-        SHAPES: (json.dumps({"outputs": shapes}) + "\n").encode(),
+        SHAPES: (json.dumps(ports) + "\n").encode(),
     }
+
+
+def _shapes(path: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """Those of the inputs and those of the outputs."""
+    try:
+        ports = json.loads(path.read_text())
+        return ports["inputs"], ports["outputs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path} is damaged: export again") from error
 
 
 def _run_pnnx(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, bytes]:
@@ -176,10 +183,13 @@ def _pnnx_failure(code: int, said: str) -> str:
     return f"pnnx {how}{where}{what}. Replace that operation, or keep this model off ncnn"
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    """One input without its batch dimension."""
-    if tensor.dim() == 0 or tensor.shape[0] != 1:
-        raise ExportError(f"ncnn takes one sample at a time, not a batch {tuple(tensor.shape)}")
+def _array(tensor: Tensor, shape: list[int]) -> np.ndarray:
+    """One input without its batch dimension; of another shape, ncnn would read beyond it."""
+    if [*tensor.shape] != shape:
+        raise ExportError(
+            f"{PARAM} does not run on these inputs: it takes one sample of shape {tuple(shape)}, "
+            f"{tuple(tensor.shape)} was given"
+        )
     kind = torch.float32 if tensor.is_floating_point() else torch.int32
     return tensor.detach()[0].to("cpu", kind).contiguous().numpy()
 
@@ -190,31 +200,11 @@ def _number(name: str) -> int:
     return int(digits.group()) if digits else 0
 
 
-@contextlib.contextmanager
-def _captured() -> Iterator[list[str]]:
-    """Catch what C code prints; the list holds it afterwards."""
-    said: list[str] = []
-    sys.stdout.flush()
-    sys.stderr.flush()
-    before = [os.dup(1), os.dup(2)]
-    with tempfile.TemporaryFile() as file:
-        try:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            yield said
-        finally:
-            for number, old in enumerate(before, start=1):
-                os.dup2(old, number)
-                os.close(old)
-            file.seek(0)
-            said.append(file.read().decode(errors="replace"))
-
-
-def _last_line(said: list[str]) -> str:
-    lines = "".join(said).strip().splitlines()
+def _last_line(said: str) -> str:
+    lines = said.strip().splitlines()
     return lines[-1] if lines else "the files are damaged"
 
 
 def _package(name: str) -> Any:
-    with _captured():  # it prints
+    with captured():  # it prints
         return required(name, "ncnn")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from slimkit.builtin.backends.onnxruntime import OnnxRuntime
+from slimkit.errors import ExportError
 from slimkit.interfaces import Backend, Deployable, Runner, tensors_of
+from slimkit.silence import silenced
 
 FILE = "model.pt2"
 
@@ -28,10 +31,7 @@ class Reference(Backend):
 
     def load(self, directory: Path, threads: int = 1) -> Runner:
         """Load the program; torch's own thread count is put back after every call."""
-        # torch.export.load needs the quantized_decomposed operators to be registered
-        import torch.ao.quantization.fx._decomposed  # noqa: F401
-
-        module = torch.export.load(directory / FILE).module()
+        module = _program(directory / FILE).module()
 
         def run(*inputs: Tensor) -> list[Tensor]:
             before = torch.get_num_threads()
@@ -39,6 +39,9 @@ class Reference(Backend):
             try:
                 with torch.inference_mode():
                     return tensors_of(module(*inputs))
+            except (ValueError, AssertionError) as error:  # by the guards of torch.export
+                said = str(error).splitlines()[0].rstrip(".")
+                raise ExportError(f"{FILE} does not run on these inputs: {said}") from error
             finally:
                 torch.set_num_threads(before)
 
@@ -46,10 +49,21 @@ class Reference(Backend):
 
     def operators(self, directory: Path) -> dict[str, int]:
         """Counts of the ATen operators in the program; none of them computes on integers."""
-        import torch.ao.quantization.fx._decomposed  # noqa: F401
+        nodes = _program(directory / FILE).graph.nodes
+        return dict(Counter(str(node.target) for node in nodes if node.op == "call_function"))
 
-        counts: dict[str, int] = {}
-        for node in torch.export.load(directory / FILE).graph.nodes:
-            if node.op == "call_function":
-                counts[str(node.target)] = counts.get(str(node.target), 0) + 1
-        return counts
+
+def _program(path: Path) -> torch.export.ExportedProgram:
+    """The program in a file."""
+    # torch.export.load needs the quantized_decomposed operators to be registered
+    import torch.ao.quantization.fx._decomposed  # noqa: F401
+
+    if not path.is_file():
+        raise ExportError(f"{path} is missing: export again")
+    try:
+        with silenced():
+            return torch.export.load(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # errors of zip, JSON and keys, as the damage has it
+        raise ExportError(f"torch cannot load {path}: it is damaged; export again") from error

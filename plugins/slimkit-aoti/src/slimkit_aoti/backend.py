@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from slimkit.trial import Trial
 
 FILE = "model.pt2"
 _CALLS = re.compile(r"\baoti_torch_cpu_(\w+)\(|\b(cpp_fused_\w+)\(")
+_SHAPES = "slimkit_input_shapes"
 _INTEGER = ("_qconv", "_qlinear")
 
 
@@ -73,7 +75,15 @@ class Aoti(Backend):
         except RuntimeError as error:
             raise ExportError(f"torch cannot load {path}: {_reason(error)}") from error
 
+        shapes = json.loads(model.loader.get_metadata().get(_SHAPES, "null"))
+
         def run(*inputs: Tensor) -> list[Tensor]:
+            given = [[*x.shape] for x in inputs]
+            if given != shapes:  # the code would read beyond them
+                raise ExportError(
+                    f"{FILE} does not run on these inputs: it takes {_listed(shapes)}, "
+                    f"{_listed(given)} were given"
+                )
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
@@ -108,6 +118,7 @@ def _compiled(deployable: Deployable) -> bytes:
     """
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise UnavailableError("the aoti backend needs a C++ compiler: install g++")
+    facts = {_SHAPES: json.dumps([[*t.shape] for t in deployable.example_inputs])}
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / FILE
         try:
@@ -115,7 +126,7 @@ def _compiled(deployable: Deployable) -> bytes:
                 torch._inductor.aoti_compile_and_package(
                     deployable.program,
                     package_path=str(path),
-                    inductor_configs={"freezing": True},
+                    inductor_configs={"freezing": True, "aot_inductor.metadata": facts},
                 )
         except Exception as error:  # Inductor wraps whatever failed
             refuse_full(Path(name))
@@ -132,6 +143,10 @@ def _undisturbed() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _listed(shapes: list[list[int]]) -> str:
+    return "inputs of shape " + (", ".join(str(tuple(shape)) for shape in shapes) or "none")
 
 
 def _reason(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -58,7 +59,12 @@ class MadeUpNpu(Backend):
         """Read both files; the host's part runs on `threads` threads."""
         interpreter = _interpreter(directory)
 
+        shapes = [tuple(x.shape) for x in interpreter.zeros()]
+
         def run(*inputs: Tensor) -> list[Tensor]:
+            given = [tuple(x.shape) for x in inputs]
+            if given != shapes:
+                raise ExportError(f"{GRAPH} takes inputs of shape {shapes}, {given} were given")
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
@@ -85,3 +91,5 @@ def _interpreter(directory: Path) -> Interpreter:
             return Interpreter(graph, dict(tensors))
     except FileNotFoundError as error:
         raise ExportError(f"{error.filename} is missing: export again") from error
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise ExportError(f"{directory} holds a damaged file: export again") from error

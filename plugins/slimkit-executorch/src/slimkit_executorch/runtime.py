@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import tempfile
 import threading
 import warnings
@@ -19,7 +16,7 @@ from torch import Tensor
 
 from slimkit.errors import ExportError
 from slimkit.importing import required
-from slimkit.silence import silenced
+from slimkit.silence import captured, silenced
 
 METHOD = "forward"
 
@@ -161,23 +158,10 @@ def runtime() -> Any:
 
 @contextmanager
 def listening() -> Iterator[Callable[[], str]]:
-    """Inside, what C++ and Python write to the standard error goes into what is called afterwards.
-
-    ExecuTorch's bindings write to either.
-    """
-    heard: list[str] = []
-    with tempfile.TemporaryFile() as file, io.StringIO() as text:
-        before = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stderr(text):
-                warnings.simplefilter("ignore")
-                yield lambda: "".join(heard)
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
-            file.seek(0)
-            heard += [text.getvalue(), file.read().decode(errors="replace")]
+    """Inside, nothing is printed, nor warned of; what ExecuTorch said can be called afterwards."""
+    with captured() as said, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield said
 
 
 def reason(error: BaseException, said: Callable[[], str]) -> str:

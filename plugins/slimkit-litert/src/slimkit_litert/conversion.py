@@ -14,8 +14,7 @@ from torch.fx import GraphModule, Node
 from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Deployable
-from slimkit.silence import silenced
-from slimkit_litert.quiet import quiet
+from slimkit.silence import captured, silenced
 
 _ops = torch.ops.quantized_decomposed
 _CONVERTER = "--no-deps --requirement plugins/slimkit-litert/converter.txt"  # of the repository
@@ -72,12 +71,12 @@ def floats(data: bytes) -> list[str]:
 
 def _converted(deployable: Deployable) -> bytes:
     """What litert-torch makes of the program."""
-    with silenced(), quiet():
+    with silenced(), captured():
         litert_torch = required("litert_torch", "litert", _CONVERTER)
         litert_torch._config.config.show_progress = False
     module = _with_rounded_weights(deployable)
     try:
-        with silenced(), quiet(), torch.no_grad():
+        with silenced(), captured(), torch.no_grad():
             converter = litert_torch.signature("serving_default", module, deployable.example_inputs)
             model = converter.convert(enable_x64=True)
             with tempfile.TemporaryDirectory() as folder:

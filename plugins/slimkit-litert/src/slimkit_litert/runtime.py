@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimkit.errors import ExportError
 from slimkit.importing import required
-from slimkit_litert.quiet import quiet
+from slimkit.silence import captured
 
 FILE = "model.tflite"
 _WARM_UP, _PROFILED = 3, 10  # runs
@@ -45,7 +45,7 @@ def opened(data: bytes, name: str, threads: int = 1) -> Any:
     if not _is_whole(data):
         raise ExportError(f"{refused}: it is damaged or no .tflite file; export again")
     try:
-        with quiet():  # it announces its delegate
+        with captured():  # it announces its delegate
             interpreter = module.Interpreter(model_content=data, num_threads=threads)
             interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
