@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from slimkit.calls import map_tensors
 from slimkit.errors import SlimkitError
@@ -124,6 +124,22 @@ def samples_in(batch: Any) -> int:
 def sample_of(batch: Any, n: int, size: int) -> Any:
     """The n-th sample of a batch, as a batch of one; what is not `size` long stays."""
     return map_tensors(lambda t: t[n : n + 1] if t.dim() and len(t) == size else t, batch)
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Several batches, or outputs of several samples, as one.
+
+    What has no batch dimension is the first's.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: they are of different shapes or structures.
+    """
+
+    def join(*values: Any) -> Any:
+        batched = isinstance(values[0], Tensor) and values[0].dim()
+        return torch.cat(values) if batched else values[0]
+
+    return tree_map(join, *batches)
 
 
 def doubled(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

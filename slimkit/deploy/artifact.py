@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from slimkit.batches import joined, samples_in, samples_of
 from slimkit.copies import copied, uncompiled_
 from slimkit.deploy.folder import FORMAT, read_manifest, write_manifest
 from slimkit.deploy.provenance import compare_versions, record, used_by
@@ -165,9 +166,7 @@ class _Graph(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """What the graph computes; batches are run sample by sample."""
-        size = args[0].shape[0]
-        outs = [self.graph(*[a[i : i + 1] for a in args]) for i in range(size)]
-        return torch.utils._pytree.tree_map(lambda *ts: torch.cat(ts), *outs)
+        return joined([self.graph(*samples_of(args, i, i + 1)) for i in range(samples_in(args))])
 
     def train(self, mode: bool = True) -> _Graph:
         """Refuse training: the graph was written down in evaluation mode."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from slimkit.batches import first_sample
+from slimkit.batches import first_sample, samples_in, samples_of
 from slimkit.errors import ExportError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, Deployable, Runner, tensors_of
@@ -39,16 +39,24 @@ class Deployed:
 
     def flat(self, *inputs: Any) -> list[Tensor]:
         """The outputs as a flat list, computed by the file."""
-        tensors = [t.detach().cpu() for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-        size = tensors[0].shape[0] if tensors[0].dim() else 1
+        tensors = tuple(t.detach().cpu() for t in tree_leaves(inputs) if isinstance(t, Tensor))
+        sizes = sorted({len(t) for t in tensors if t.dim()})
+        if not tensors or 0 in sizes:
+            raise ExportError("the file was given no sample to run on")
+        if len(sizes) > 1:
+            raise ExportError(
+                f"the inputs hold {sizes[0]} and {sizes[-1]} samples: give as many of each"
+            )
+        size = samples_in(tensors)
         if size % self._batch:
             raise ExportError(
                 f"the file was made for batches of {self._batch}; {size} is no multiple of it"
             )
         pieces = []
         for start in range(0, size, self._batch):
-            part = [t[start : start + self._batch].contiguous() for t in tensors]
-            pieces.append([t.detach().cpu() for t in self.runner(*part)])
+            part = samples_of(tensors, start, start + self._batch)
+            found = self.runner(*(t.contiguous() for t in part))
+            pieces.append([t.detach().cpu() for t in found])
         return [_joined(column, self._batch) for column in zip(*pieces, strict=True)]
 
     def __call__(self, *inputs: Any) -> Any:

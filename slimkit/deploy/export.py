@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimkit.batches import as_inputs, first_sample, inputs_of, to_cpu
+from slimkit.batches import as_inputs, first_sample, inputs_of, joined, to_cpu
 from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.deployed import Deployed, open_
@@ -152,8 +152,8 @@ def export(
     if data is not None:
         compared += [to_cpu(inputs_of(batch, network)) for batch in islice(data, batches)]
     try:
-        together = tuple(torch.cat(column) for column in zip(*compared, strict=True))
-    except (RuntimeError, TypeError) as error:
+        together = joined(compared)
+    except (RuntimeError, TypeError, ValueError) as error:
         raise SlimkitError(f"data does not fit example_inputs: {error}") from error
     with replacing(folder) as work:
         stage = "int8" if isinstance(own, QuantizedModel) else "compressed"

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from slimkit.batches import first_sample, to_cpu
+from slimkit.batches import first_sample, joined, to_cpu
 from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.folder import check_target, move, replacing
@@ -331,9 +330,8 @@ def _inputs(loader: Any, entry: Entry, network: nn.Module) -> tuple[Any, ...]:
             break
     if not columns:
         raise SlimkitError("the evaluation data is empty: it gave no batch")
-    return tuple(
-        tree_map(lambda *ts: torch.cat(ts), *column) for column in zip(*columns, strict=True)
-    )
+    found: tuple[Any, ...] = joined(columns)
+    return found
 
 
 def _write(

@@ -82,7 +82,8 @@ class Ncnn(Backend):
         if failed:
             raise ExportError(f"ncnn cannot load {directory}: {_last_line(said())}")
         inputs = sorted(net.input_names(), key=_number)
-        outputs = sorted(net.output_names(), key=_number)
+        # what nobody reads is an output to ncnn, inputs too
+        outputs = sorted(set(net.output_names()) - set(inputs), key=_number)
 
         def run(*tensors: Tensor) -> list[Tensor]:
             if len(tensors) != len(inputs):
@@ -114,7 +115,12 @@ class Ncnn(Backend):
 def _compiled(deployable: Deployable) -> dict[str, bytes]:
     """Each file's name and content."""
     ncnn = _package("ncnn")
-    batches = {t.shape[0] if t.dim() else 0 for t in deployable.example_inputs}
+    if not all(t.dim() for t in deployable.example_inputs):
+        raise ExportError(
+            "ncnn takes no input without a dimension, such as torch.tensor(2.0): give it one, of "
+            "shape (1,), or make it a constant of the model"
+        )
+    batches = {t.shape[0] for t in deployable.example_inputs}
     if batches != {1}:
         raise ExportError(
             f"ncnn has no batch dimension, but the inputs have batches of {sorted(batches)}: "

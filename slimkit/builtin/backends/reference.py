@@ -31,15 +31,18 @@ class Reference(Backend):
 
     def load(self, directory: Path, threads: int = 1) -> Runner:
         """Load the program; torch's own thread count is put back after every call."""
-        module = _program(directory / FILE).module()
+        program = _program(directory / FILE)
+        module, count = program.module(), len(program.graph_signature.user_inputs)
 
         def run(*inputs: Tensor) -> list[Tensor]:
+            if len(inputs) != count:
+                raise ExportError(f"{FILE} takes {count} inputs, {len(inputs)} were given")
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
                 with torch.inference_mode():
                     return tensors_of(module(*inputs))
-            except (ValueError, AssertionError) as error:  # by the guards of torch.export
+            except AssertionError as error:  # by the guards of torch.export
                 said = str(error).splitlines()[0].rstrip(".")
                 raise ExportError(f"{FILE} does not run on these inputs: {said}") from error
             finally:
