@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from slimkit.errors import ExportError, UnavailableError
+
 T = TypeVar("T")
 
 
@@ -46,6 +48,20 @@ class Trial(Generic[T]):
         made = make() if made is None else made
         self.keep(of, made)
         return made
+
+    def refused(self, of: object, make: Callable[[], T]) -> list[str]:
+        """What `make` says against this thing: nothing where it makes one, which is kept.
+
+        Raises:
+            UnavailableError: the machine is to blame, and not the thing.
+        """
+        try:
+            self.keep(of, make())
+        except UnavailableError:
+            raise
+        except ExportError as error:
+            return [str(error)]
+        return []
 
     def _forget(self, _dead: object = None) -> None:
         self._of, self._made = None, None

@@ -204,7 +204,11 @@ WITHOUT = """
 import sys
 sys.modules["openvino"] = None  # importing it fails
 from slimkit_openvino.backend import OpenVino
-print(*OpenVino().check(None))
+from slimkit.errors import UnavailableError
+try:
+    OpenVino().check(None)
+except UnavailableError as error:
+    print(error)
 """
 
 

@@ -53,11 +53,7 @@ class Ncnn(Backend):
 
     def check(self, deployable: Deployable) -> list[str]:
         """What pnnx or ncnn says against this program (it is compiled on trial)."""
-        try:
-            self._trial.keep(deployable, _compiled(deployable))
-        except ExportError as error:
-            return [str(error)]
-        return []
+        return self._trial.refused(deployable, lambda: _compiled(deployable))
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.ncnn.param``, ``model.ncnn.bin`` and the shapes, which they lack."""

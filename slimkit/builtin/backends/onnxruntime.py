@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from slimkit.errors import ExportError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 from slimkit.onnx_export import strip_, to_onnx
@@ -63,11 +62,7 @@ class OnnxRuntime(Backend):
 
     def check(self, deployable: Deployable) -> list[str]:
         """What `torch.onnx` says against this program (it is exported on trial)."""
-        try:
-            self._trial.keep(deployable, _export(deployable))
-        except ExportError as error:
-            return [str(error)]
-        return []
+        return self._trial.refused(deployable, lambda: _export(deployable))
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.onnx``; from 2 GB on its weights lie beside it in ``model.onnx.data``."""

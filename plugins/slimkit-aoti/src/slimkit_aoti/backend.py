@@ -52,13 +52,7 @@ class Aoti(Backend):
 
     def check(self, deployable: Deployable) -> list[str]:
         """What Inductor or the compiler says against this program (it is compiled on trial)."""
-        try:
-            self._trial.keep(deployable, _compiled(deployable))
-        except UnavailableError:
-            raise
-        except ExportError as error:
-            return [str(error)]
-        return []
+        return self._trial.refused(deployable, lambda: _compiled(deployable))
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.pt2``."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slimkit.errors import ExportError, UnavailableError
+from slimkit.errors import ExportError
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 from slimkit.trial import Trial
 from slimkit_executorch import inspection, lowering
@@ -57,15 +57,13 @@ class ExecuTorch(Backend):
 
     def check(self, deployable: Deployable) -> list[str]:
         """What ExecuTorch or XNNPACK says against this program (it is compiled and run once)."""
-        try:
+
+        def tried() -> bytes:
             data = lowering.lowered(deployable)
             lowering.compare_outputs(data, deployable)
-            self._trial.keep(deployable, data)
-        except UnavailableError:
-            raise
-        except ExportError as error:
-            return [str(error)]
-        return []
+            return data
+
+        return self._trial.refused(deployable, tried)
 
     def remarks(self, deployable: Deployable) -> list[str]:
         """The operators that run outside XNNPACK, in float and in int8."""

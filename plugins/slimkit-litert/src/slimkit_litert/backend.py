@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slimkit.errors import ExportError, UnavailableError
+from slimkit.errors import ExportError
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 from slimkit.trial import Trial
 from slimkit_litert import runtime
@@ -61,13 +61,7 @@ class LiteRt(Backend):
 
     def check(self, deployable: Deployable) -> list[str]:
         """What litert-torch or LiteRT says against this program (it is compiled on trial)."""
-        try:
-            self._trial.keep(deployable, self._compiled(deployable))
-        except UnavailableError:
-            raise
-        except ExportError as error:
-            return [str(error)]
-        return []
+        return self._trial.refused(deployable, lambda: self._compiled(deployable))
 
     def remarks(self, deployable: Deployable) -> list[str]:
         """The operators of the file that compute in float though the model is in int8."""

@@ -71,11 +71,7 @@ class OpenVino(Backend):
 
     def check(self, deployable: Deployable) -> list[str]:
         """What torch.onnx or OpenVINO says against this program (it is compiled on trial)."""
-        try:
-            self._trial.keep(deployable, self._compiled(deployable))
-        except ExportError as error:
-            return [str(error)]
-        return []
+        return self._trial.refused(deployable, lambda: self._compiled(deployable))
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.xml``, the graph, and ``model.bin``, its constants."""

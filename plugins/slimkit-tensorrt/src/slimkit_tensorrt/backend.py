@@ -14,6 +14,7 @@ from slimkit.errors import ExportError, UnavailableError
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 from slimkit.onnx_sessions import OnnxFile
+from slimkit.trial import Trial
 from slimkit_tensorrt import engine
 
 FILE, PLAN = "model.onnx", "model.engine"
@@ -68,19 +69,20 @@ class TensorRT(Backend):
     ) -> None:
         self.precision = precision
         self.runtime = runtime
+        self._trial = Trial[Any]()
 
     def check(self, deployable: Deployable) -> list[str]:
         """What torch.onnx says against this program, or else what the rules say against its file.
 
         A refusal by TensorRT's own parser shows where there is a GPU only, in `compile`.
         """
-        try:
-            model = self._converted(deployable)
-        except ExportError as error:
-            return [str(error)]
         from slimkit_tensorrt.rules import rules
 
-        return rules(model)
+        def make() -> Any:
+            return self._converted(deployable)
+
+        said = self._trial.refused(deployable, make)
+        return said or rules(self._trial.look(deployable, make))
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.onnx``, and ``model.engine`` where an engine can be built.
@@ -90,7 +92,7 @@ class TensorRT(Backend):
         """
         from slimkit_tensorrt.rules import rules
 
-        model = self._converted(deployable)
+        model = self._trial.take(deployable) or self._converted(deployable)
         problems = rules(model)
         if problems:
             raise ExportError("TensorRT would refuse this file: " + "; ".join(problems))
