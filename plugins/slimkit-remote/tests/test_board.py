@@ -55,6 +55,11 @@ def answers(*frames: bytes) -> list[dict[str, object]]:
     return found
 
 
+def test_it_says_first_that_it_listens() -> None:
+    done = subprocess.run([sys.executable, "-c", SOURCE], input=b"", capture_output=True)
+    assert (done.stdout, done.stderr) == (board.READY, b"")
+
+
 def test_files_are_written_and_removed_at_the_end(tmp_path: Path) -> None:
     request = {"do": "send", "folder": str(tmp_path), "files": {"a": 3, "b/c": 2}}
     assert answers(frame(request, b"12345"), frame({"do": "hello"}))[0] == {}

@@ -136,6 +136,27 @@ def test_no_runtime(server: Loopback, files: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_shell_that_greets_is_passed_over(server: Loopback, files: Path, tmp_path: Path) -> None:
+    greets = program(
+        tmp_path / "greets", f'echo "Welcome to the board"; exec {sys.executable} "$@"'
+    )
+    expected = backend_named("onnxruntime").load(files)(X)
+    found = Remote(**{**server.options, "python": str(greets)}).load(files)(X)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_a_shell_that_prints_without_end(server: Loopback, files: Path, tmp_path: Path) -> None:
+    endless = str(program(tmp_path / "endless", "exec yes Welcome"))
+    found = message(files, {**server.options, "python": endless})
+    assert "prints without end while starting the runner: look at what" in found
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 1e12])
+def test_a_timeout_that_is_none(timeout: float) -> None:
+    with pytest.raises(ValueError, match="timeout must be over 0 and at most 86,400 s, not"):
+        Remote(host="board", timeout=timeout)
+
+
 def test_a_full_disk(server: Loopback, files: Path, tmp_path: Path) -> None:
     small = program(tmp_path / "python", f'ulimit -f 8; exec {sys.executable} "$@"')
     found = message(files, {**server.options, "python": str(small), "folder": str(tmp_path)})

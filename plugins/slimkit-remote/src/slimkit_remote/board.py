@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     Answer = tuple[dict[str, Any], bytes]
 
 HEAD = struct.Struct(">IQ")
+READY = b"slimkit's runner listens\n"  # comes first; what stands in front of it is the shell's
 GRACE_S = 2.0  # for a run to end by itself once nobody waits for it
 SIGN_S = 1.0  # of life, while runs take longer than this
 CHUNK = 1 << 20  # bytes
@@ -376,6 +377,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    sink.write(READY)
+    sink.flush()
     serve(sys.stdin.buffer, sink, sys.stdin.fileno())
 
 

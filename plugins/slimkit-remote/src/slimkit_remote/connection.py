@@ -22,12 +22,14 @@ import numpy as np
 
 from slimkit.errors import ExportError, UnavailableError
 from slimkit_remote import failures
-from slimkit_remote.board import CHUNK, HEAD
+from slimkit_remote.board import CHUNK, HEAD, READY
 
 _START = (
     "import sys; sys.version_info >= (3, 8) or sys.exit('Python 3.8 is needed'); "
     "exec(compile(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())), 'board.py', 'exec'))"
 )
+_MOST_GREETING = 1 << 20  # bytes
+_MOST_SILENCE_S = 86_400.0
 _ALIVE_S, _LOST_AFTER = 5, 3
 """ssh asks every 5 s whether the board is there, and gives up after 3 questions."""
 
@@ -55,6 +57,12 @@ class Place:
     python: str = "python3"
     folder: str = ""
     timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= _MOST_SILENCE_S:
+            raise ValueError(
+                f"timeout must be over 0 and at most {_MOST_SILENCE_S:,.0f} s, not {self.timeout}"
+            )
 
     def __str__(self) -> str:
         user = f"{self.user}@" if self.user else ""
@@ -121,8 +129,21 @@ class Connection:
         source = resources.files("slimkit_remote").joinpath("board.py").read_bytes()
         doing = "starting the runner"
         self._write(f"{len(source)}\n".encode() + source, doing)
+        self._pass_greetings(doing)
         self.threads = int(self.ask(doing, {"do": "hello"})["threads"])
         """How many threads can compute at once on the board."""
+
+    def _pass_greetings(self, doing: str) -> None:
+        """Read what the board's shell prints when somebody comes in, up to the runner's sign."""
+        said = b""
+        while not said.endswith(READY):
+            if len(said) > _MOST_GREETING:
+                self.close()
+                raise UnavailableError(
+                    f"the shell of {self.place} prints without end while {doing}: look at what "
+                    "its start-up files, such as ~/.bashrc, do for a shell that nobody sits at"
+                )
+            said += self._piece(CHUNK, doing)
 
     def ask(
         self, doing: str, request: dict[str, Any], arrays: Sequence[np.ndarray] = ()
@@ -201,14 +222,17 @@ class Connection:
         """So many bytes; each piece may wait as long as `Place.timeout`."""
         data = bytearray()
         while len(data) < size:
-            ready, _, _ = select.select([self._out], [], [], self.place.timeout)
-            if not ready:
-                self._silent(doing)
-            piece = os.read(self._out, min(CHUNK, size - len(data)))
-            if not piece:
-                raise self._lost(doing)
-            data += piece
+            data += self._piece(size - len(data), doing)
         return data
+
+    def _piece(self, most: int, doing: str) -> bytes:
+        ready, _, _ = select.select([self._out], [], [], self.place.timeout)
+        if not ready:
+            self._silent(doing)
+        piece = os.read(self._out, min(CHUNK, most))
+        if not piece:
+            raise self._lost(doing)
+        return piece
 
     def _silent(self, doing: str) -> None:
         self.close()
