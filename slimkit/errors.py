@@ -43,6 +43,16 @@ class PluginError(SlimkitError):
     """A plugin cannot be found, is broken, or failed while slimkit used it."""
 
 
+class StoppedError(SlimkitError):
+    """The process was asked to end (SIGTERM); the same command goes on."""
+
+    exit_code = 143
+
+
+class DivergedError(SlimkitError):
+    """A training went wrong: weights or a loss are NaN or infinite."""
+
+
 class PruningError(SlimkitError):
     """Nothing was pruned, or the asked target cannot be reached."""
 

@@ -634,6 +634,21 @@ class Trainer(BaseModel):
     accelerator: str = Field(default="auto", description="cpu, gpu, auto ...")
     devices: Devices = Field(default="auto", description="How many or which.")
 
+    @model_validator(mode="after")
+    def _plain(self) -> Trainer:
+        """Refuse what stands for an object in Python: a recipe holds plain data."""
+        given = self.model_extra or {}
+        if given.get("callbacks"):
+            raise ValueError(
+                "callbacks: a recipe cannot name them; return them from your LightningModule's "
+                "configure_callbacks"
+            )
+        if not isinstance(given.get("logger", True), bool):
+            raise ValueError(
+                "logger: must be true or false; others are given to a Trainer of your own"
+            )
+        return self
+
     @property
     def arguments(self) -> dict[str, Any]:
         """What to call Trainer with."""

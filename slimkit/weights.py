@@ -13,8 +13,13 @@ from torch import nn
 from slimkit.errors import SlimkitError
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, way_out: str = "") -> None:
     """Load a .safetensors file, or a .pt file of tensors only, strictly.
+
+    Args:
+        model: loaded in place.
+        path: of the file.
+        way_out: ends the message of an error.
 
     Raises:
         SlimkitError: the file cannot be read or does not fit the model.
@@ -31,4 +36,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(plain, strict=True)  # torch.compile adds to names; models are plain
     except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         first = "\n  ".join(str(error).splitlines()[:4])
-        raise SlimkitError(f"weights: {path} cannot be loaded into the model: {first}") from error
+        end = f"; {way_out}" if way_out else ""
+        raise SlimkitError(
+            f"weights: {path} cannot be loaded into the model: {first}{end}"
+        ) from error

@@ -13,7 +13,7 @@ import pytest
 from clock import fastest
 
 from slimkit.cli import main as cli
-from slimkit.errors import ExportError, GateError
+from slimkit.errors import ExportError, GateError, StoppedError
 
 RECIPE = "model: their_models:resnet\ndata: their_models:cifar\nquantize: {}\nexport: [torch]\n"
 
@@ -211,6 +211,8 @@ def test_the_version_is_printed(slimkit):
         (GateError("too slow"), 3, "Error: too slow\n"),
         (KeyboardInterrupt(), 130, "Interrupted."),
         (OSError("disk"), 2, "Error: disk\n"),
+        (StoppedError("stopped by SIGTERM"), 143, "Error: stopped by SIGTERM\n"),
+        (SystemExit(), 2, "Error: something ended the process before it was done\n"),
     ],
 )
 def test_an_error_has_its_exit_code(monkeypatch, capsys, error, code, said):

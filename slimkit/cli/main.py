@@ -45,7 +45,7 @@ class _Lazy(click.Group):
 def slimkit() -> None:
     """Make a trained PyTorch model small and fast, and prove it on the exported file.
 
-    Exit codes: 0 done, 1 a bug, 2 bad input, 3 a gate was missed.
+    Exit codes: 0 done, 1 a bug, 2 bad input, 3 a gate was missed; 130 Ctrl-C, 143 SIGTERM.
     """
 
 
@@ -79,9 +79,17 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
-        code = 130
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):  # click takes it for Ctrl-D
+            code = _unexpected(error.__cause__)
+        else:
+            click.echo("Interrupted.", err=True)
+            code = 130
+    except SystemExit as error:
+        code = error.code
+        if code is None:  # by the code of a model or of data: nothing was finished
+            click.echo("Error: something ended the process before it was done", err=True)
+            code = SlimkitError.exit_code
     except BrokenPipeError:  # `slimkit list-plugins | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

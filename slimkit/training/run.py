@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Checkpoint, RichProgressBar
-from pytorch_lightning.loggers import CSVLogger
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -27,8 +25,7 @@ from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Criterion
 from slimkit.parts import part_of
-from slimkit.progress import is_quiet
-from slimkit.pruning.prune import cut_to_target_
+from slimkit.pruning.prune import channel_multiple, cut_to_target_
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.sparsity import zero_
 from slimkit.recipe import Import, Prune, Recipe
@@ -36,8 +33,8 @@ from slimkit.registry import discover
 from slimkit.report.curves import write_curves
 from slimkit.training.classification import lightning_of
 from slimkit.training.deployment import Loaders, Release, deploy, example_of, rejected
-from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
+from slimkit.training.fitting import fit
 from slimkit.training.module import SlimModule
 from slimkit.training.processes import is_first, join, meet, nothing, part
 from slimkit.training.pruning import (
@@ -55,7 +52,10 @@ from slimkit.training.sparsity import weights_ratio
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
+_LAST, _BEGUN = "last.ckpt", "pretrain.ckpt"  # checkpoints of both trainings
 _DENSE = "dense.safetensors"  # weights after the pretraining, for a resumed run
+_TRAINED = (_LAST, _BEGUN, _DENSE)
+_KEY, _MODEL = "recipe.sha256", "model.json"
 
 
 @dataclass
@@ -97,7 +97,7 @@ def run(
     work = output.with_name(f"{output.name}.work")
     join(recipe.trainer)
     if is_first():
-        _prepare(recipe, output, work, fresh)
+        _prepare(recipe, output, work, fresh, say)
     else:
         say = nothing
     meet()
@@ -111,6 +111,8 @@ def run(
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
     part_of(model, recipe.network)  # one that is not there is said before any training
+    if is_first():
+        _compare_models(model, work)
     if recipe.pretrain is not None and not (work / _DENSE).is_file():
         rehearse(
             model, recipe, lambda: build(data_import.model_dump(), "data", pl.LightningDataModule)
@@ -149,24 +151,75 @@ def run(
     say("exporting, running and measuring the files")
     with timing.part("exporting and measuring"):
         release = deploy(module, data, output)
-    for leftover in ("last.ckpt", _DENSE, "recipe.sha256"):
+    for leftover in (*_TRAINED, _KEY, _MODEL):
         (work / leftover).unlink(missing_ok=True)
     return release, timing
 
 
-def _prepare(recipe: Recipe, output: Path, work: Path, fresh: bool) -> None:
-    """Make the folder of what is unfinished; forget what does not belong to this run.
+def _prepare(recipe: Recipe, output: Path, work: Path, fresh: bool, say: Say) -> None:
+    """Make the folder of what is unfinished; set aside what does not belong to this run.
 
     Raises:
         SlimkitError: there is something at a folder's place that is not slimkit's.
     """
     for folder in (output, rejected(output)):
         check_target(folder)
-    key = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()
-    if fresh or not _same_run(work, key):
+    key = _key(recipe)
+    if fresh:
         shutil.rmtree(work, ignore_errors=True)
+    elif not _same_run(work, key):
+        _set_aside(work, say)
     work.mkdir(parents=True, exist_ok=True)
-    (work / "recipe.sha256").write_text(key)
+    (work / _KEY).write_text(key)
+
+
+def _key(recipe: Recipe) -> str:
+    """A hash of what training depends on: gates, say, may change while a run is unfinished."""
+    left = {"gates", "output", "export", "metric", "quantize"}
+    prune, quantize = recipe.prune, recipe.quantize
+    if prune is not None and prune.ratios == "sensitivity":
+        left.remove("metric")
+    if quantize is not None and quantize.train_from is not None:
+        left.remove("quantize")
+    about = recipe.model_dump(mode="json", exclude=left)
+    if "quantize" in about:  # trained with the arithmetic of the first
+        about["first backend"] = recipe.export[0].model_dump(mode="json")
+    if prune is not None and prune.granularity == "channel":
+        about["multiple"] = channel_multiple(backend.name for backend in recipe.export)
+    if recipe.weights is not None and recipe.weights.is_file():
+        with recipe.weights.open("rb") as file:
+            about["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _set_aside(work: Path, say: Say) -> None:
+    """Keep what another recipe has trained."""
+    if not any((work / name).exists() for name in _TRAINED):
+        shutil.rmtree(work, ignore_errors=True)
+        return
+    old = work.with_name(f"{work.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    work.rename(old)
+    say(
+        f"starting over: the unfinished run in {work} was of a recipe that trains otherwise; what "
+        f"it had trained is kept in {old}"
+    )
+
+
+def _compare_models(model: nn.Module, work: Path) -> None:
+    """Refuse to go on with a model of other shapes than the one that training began with."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    note = work / _MODEL
+    if note.is_file() and any((work / name).exists() for name in _TRAINED):
+        before = json.loads(note.read_text())
+        for name in sorted(before.keys() | shapes.keys()):
+            if before.get(name) != shapes.get(name):
+                raise SlimkitError(
+                    f"the model has changed since the training in {work} began: {name} was "
+                    f"{before.get(name, 'not there')} and is {shapes.get(name, 'not there')}; "
+                    "start over with --fresh, or bring that model back"
+                )
+    note.write_text(json.dumps(shapes))
 
 
 def _needed(recipe: Recipe) -> tuple[Import, Import]:
@@ -201,35 +254,8 @@ def _check_loaders(data: pl.LightningDataModule, recipe: Recipe) -> None:
 
 
 def _same_run(work: Path, key: str) -> bool:
-    note = work / "recipe.sha256"
+    note = work / _KEY
     return note.is_file() and note.read_text() == key
-
-
-def _trainer(recipe: Recipe, work: Path, max_epochs: int, **more: Any) -> pl.Trainer:
-    arguments: dict[str, Any] = {
-        "logger": CSVLogger(str(work), name="logs"),
-        "enable_progress_bar": not is_quiet(),
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "log_every_n_steps": 10,
-        **recipe.trainer.arguments,
-        "max_epochs": max_epochs,
-        **more,
-    }
-    if arguments["enable_progress_bar"]:
-        bar = RichProgressBar(leave=False, console_kwargs={"stderr": True})
-        arguments["callbacks"] = [*arguments.get("callbacks", []), bar]
-    with _blaming_input():
-        return pl.Trainer(**arguments)
-
-
-@contextmanager
-def _blaming_input() -> Iterator[None]:
-    """What Lightning finds wrong with trainer arguments, model or data is bad input."""
-    try:
-        yield
-    except MisconfigurationException as error:
-        raise SlimkitError(f"Lightning: {error}") from error
 
 
 def _pretrained(
@@ -241,46 +267,38 @@ def _pretrained(
     kept = work / _DENSE
     if kept.is_file():
         say("the dense model was trained already; going on")
-        model.load_state_dict(load_file(kept))
+        load_weights(model, kept, "--fresh trains it anew")
         return model
     epochs = recipe.pretrain.max_epochs
     say(f"training the dense model for {epochs} epochs")
+    begun = work / _BEGUN
+    if begun.is_file():
+        say(f"going on from {begun}")
     inner = lightning_of(model, recipe.pretrain.optimizer)
-    with muted(), _blaming_input():
-        trainer = _trainer(recipe, work, epochs, callbacks=[EpochLine(say)])
-        trainer.fit(inner, datamodule=data)
+    trainer = fit(inner, data, recipe, begun, epochs, [EpochLine(say)])
     inner.cpu()
     if several():  # batch-norm statistics are each process's own
         device = trainer.strategy.root_device
         model.load_state_dict(of_the_first(model.state_dict(), device))
     if is_first():
         partial = kept.with_suffix(".partial")
-        save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, partial)
+        plain = {k: v.contiguous().clone() for k, v in model.state_dict().items()}
+        try:
+            save_file(plain, partial)
+        except SafetensorError as error:  # which is how a full disk is told
+            partial.unlink(missing_ok=True)
+            raise SlimkitError(f"{kept} cannot be written: {error}") from error
         partial.rename(kept)
+        begun.unlink(missing_ok=True)
     meet()
     return model
 
 
 def _fit(module: SlimModule, data: pl.LightningDataModule, work: Path, say: Say) -> None:
-    recipe = module.recipe
-    last = work / "last.ckpt"
-    first = 0
+    recipe, last = module.recipe, work / _LAST
     if last.is_file():
         say(f"going on from {last}")
-        first = int(torch.load(last, map_location="cpu", weights_only=False)["epoch"]) + 1
-    draws = Draws(recipe.trainer.seed, data, first)
-    with muted(), _blaming_input():
-        trainer = _trainer(
-            recipe,
-            work,
-            recipe.trainer.max_epochs,
-            enable_checkpointing=True,
-            callbacks=[draws, KeepLast(last), EpochLine(say)],
-        )
-        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
-        draws.leave()
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(module, data, recipe, last, recipe.trainer.max_epochs, [EpochLine(say)])
 
 
 def _prune_at_once(module: SlimModule, loaders: Loaders, say: Say) -> None:
@@ -335,24 +353,6 @@ def _cut_at_once(
     selector = selector_of(network, coupling, inputs, section, backends, module.curves)
     scores = scores_of(module.entry, coupling, section, loaders.calibration())
     return cut_to_target_(network, selector, scores, target_of(section), inputs)
-
-
-class KeepLast(Checkpoint):
-    """Keeps a checkpoint of the last epoch; a crash while it is written leaves the one before.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
-        """Write beside the file, then put it in place."""
-        partial = self.path.with_suffix(".partial")
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            partial.replace(self.path)
 
 
 class EpochLine(pl.Callback):

@@ -19,11 +19,29 @@ from little_project import MODULE
 from slimkit.cli.main import main
 
 VARIANTS = """
+import signal
+
 
 class Own(Data):
     def train_dataloader(self):
         own = torch.Generator().manual_seed(5)
         return DataLoader(self.train, 8, shuffle=True, generator=own)
+
+
+class Sending(TensorDataset):
+    asked = 0
+
+    def __getitem__(self, index):
+        Sending.asked += 1
+        if "SIGNAL" in os.environ and Sending.asked == int(os.environ["AFTER"]):
+            os.kill(os.getpid(), getattr(signal, "SIG" + os.environ["SIGNAL"]))
+        return super().__getitem__(index)
+
+
+class Signalling(Data):
+    def __init__(self):
+        super().__init__()
+        self.train = Sending(*self.train.tensors)
 
 
 class NoTraining(LightningDataModule):
@@ -366,3 +384,127 @@ def test_quiet_says_nothing_but_the_result(project: Project) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("TERM", 143, "Error: stopped by SIGTERM: the same command goes on from"),
+        ("INT", 130, "Interrupted."),
+    ],
+)
+def test_a_run_that_is_stopped_says_so_and_goes_on(
+    project: Project, name: str, code: int, said: str
+) -> None:
+    """In the second epoch of the dense model's training."""
+    project.write(
+        data="mine:Signalling",
+        pretrain={"max_epochs": 3},
+        trainer={"max_epochs": 1, "accelerator": "cpu"},
+    )
+    done = project.run("-q", SIGNAL=name, AFTER="100")
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (project.folder / "small").exists()
+    done = project.run()
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {Path('small.work/pretrain.ckpt')}" in done.stderr
+    assert "epoch 1/3" not in done.stderr
+    assert "epoch 3/3" in done.stderr
+    assert [path.name for path in (project.folder / "small.work").iterdir()] == ["logs"]
+
+
+SHORT = {"max_epochs": 1, "accelerator": "cpu"}
+
+
+def test_what_training_does_not_depend_on_may_change_while_it_is_unfinished(
+    project: Project,
+) -> None:
+    changes = {"quantize": {}, "distill": False, "prune": None, "trainer": SHORT}
+    project.write(**changes, metric="val_acuracy")
+    done = project.here()
+    assert done.returncode == 2
+    assert "did you mean 'val_accuracy'" in done.stderr
+    project.write(**changes, gates={"accuracy_drop": 0.9}, export=["torch"])
+    done = project.here()
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert "epoch 1/1" not in done.stderr
+
+
+def test_what_another_recipe_has_trained_is_set_aside(project: Project) -> None:
+    project.write(metric="val_acuracy", trainer=SHORT)
+    assert project.here().returncode == 2
+    project.write(trainer={**SHORT, "seed": 1})
+    done = project.here()
+    assert done.returncode == 0, done.stderr
+    assert "starting over: the unfinished run in small.work was of a recipe that" in done.stderr
+    assert (project.folder / "small.work.old" / "last.ckpt").is_file()
+
+
+def test_a_model_that_changed_since_is_refused(project: Project) -> None:
+    project.write(metric="val_acuracy", trainer=SHORT)
+    assert project.here().returncode == 2
+    mine = project.folder / "mine.py"
+    mine.write_text(mine.read_text().replace("64, 3, padding", "56, 3, padding"))
+    mine.write_text(mine.read_text().replace("BatchNorm2d(64)", "BatchNorm2d(56)"))
+    mine.write_text(mine.read_text().replace("Linear(64", "Linear(56"))
+    done = project.here()
+    assert done.returncode == 2
+    assert "the model has changed since the training in small.work began: 3.weight" in done.stderr
+    assert "--fresh" in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "half", "other"])
+@pytest.mark.parametrize("name", ["last.ckpt", "pretrain.ckpt", "dense.safetensors"])
+def test_a_damaged_checkpoint_is_one_error(project: Project, name: str, content) -> None:
+    project.write(pretrain={"max_epochs": 1}, metric="val_acuracy", trainer=SHORT)
+    assert project.here("--epochs", "1").returncode == 2
+    file = project.folder / "small.work" / name
+    if name == "pretrain.ckpt":
+        (file.with_name("dense.safetensors")).unlink()
+    whole = file.read_bytes() if file.is_file() else (file.with_name("last.ckpt")).read_bytes()
+    if content == "half":
+        content = whole[: len(whole) // 2]
+    if content == "other":
+        torch.save([1, 2], file)
+    else:
+        file.write_bytes(content)
+    done = project.here("--epochs", "1")
+    assert done.returncode == 2, done.stderr
+    assert f"small.work/{name}" in done.stderr
+    assert "--fresh" in done.stderr
+    assert "bug in slimkit" not in done.stderr
+
+
+def test_a_training_that_diverges_is_no_artifact(project: Project) -> None:
+    project.write(prune=None, quantize={}, export=["torch"], optimizer={"lr": 1e30})
+    done = project.here()
+    assert done.returncode == 2
+    assert "the training diverged: network.0.weight holds NaN or infinity after epoch 1" in (
+        done.stderr
+    )
+    assert not (project.folder / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"strategy": "dpp"}, "dpp"),
+        ({"precision": "bf17"}, "bf17"),
+        ({"val_check_interval": 1000}, "val_check_interval"),
+        ({"accumulate_grad_batches": 0}, "ZeroDivisionError"),
+        ({"barebones": True}, "barebones"),
+        ({"logger": "csv"}, "trainer: logger: must be true or false"),
+        ({"callbacks": ["EarlyStopping"]}, "trainer: callbacks: a recipe cannot name them"),
+    ],
+)
+def test_trainer_arguments_that_lightning_refuses_are_bad_input(
+    project: Project, trainer, said: str
+) -> None:
+    project.write(trainer={**SHORT, **trainer})
+    done = project.here()
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "bug in slimkit" not in done.stderr
