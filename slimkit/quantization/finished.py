@@ -200,7 +200,8 @@ class Finished(nn.Module):
             owner, _, name = path.rpartition(".")
             module = self.network.get_submodule(owner)
             tensor = getattr(module, name)
-            empty = torch.empty(0, dtype=tensor.dtype)
+            # of no memory, but of the shape that a forward may ask for
+            empty = torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
             is_parameter = isinstance(tensor, nn.Parameter)
             setattr(
                 module, name, nn.Parameter(empty, requires_grad=False) if is_parameter else empty

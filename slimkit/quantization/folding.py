@@ -30,11 +30,21 @@ def foldable(traced: Trace) -> dict[str, Call]:
         behind = readers.get(call.outputs[0], [])
         flat = call.op != "linear" or len(call.shape) == 2
         if len(behind) == 1 and call.outputs[0] not in traced.outputs and flat:
-            norm = behind[0]
-            has_statistics = 1 in norm.state or "running_mean" in norm.state
-            if norm.op == "batch_norm" and has_statistics:
+            (norm,) = behind
+            if norm.op == "batch_norm" and _is_fixed(call, norm):
                 found[call.name] = norm
     return found
+
+
+def _is_fixed(layer: Call, norm: Call) -> bool:
+    """Whether all that both compute with is in the model's state, and statistics are not new.
+
+    What is computed on the way, such as ``weight.abs()`` for gamma, counts among the inputs.
+    """
+    statistics = ((1, "running_mean"), (2, "running_var"))
+    fixed = all(position in norm.state or name in norm.state for position, name in statistics)
+    fresh = norm.arguments.get(5, norm.arguments.get("training", False))
+    return fixed and not fresh and len(layer.inputs) == len(norm.inputs) == 1
 
 
 def affine(norm: Call, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
