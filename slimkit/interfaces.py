@@ -254,7 +254,7 @@ class Scheme:
         """
         if weight_bits is None:
             return self
-        if weight_bits > self.weights.bits:
+        if type(weight_bits) is not int or not 2 <= weight_bits <= self.weights.bits:
             raise QuantizationError(
                 f"weights of {weight_bits} bits do not fit the {self.weights.bits} bits of the "
                 f"backend's: choose weight_bits from 2 to {self.weights.bits}"

@@ -27,6 +27,10 @@ def load(path: str | Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise RecipeError(f"{path} is no valid YAML: line {line}: {error.problem}") from error
+    except (ValueError, OverflowError, RecursionError) as error:  # such as the date 2020-99-99
+        raise RecipeError(
+            f"{path} holds a value that cannot be read: {error}; put text into quotes"
+        ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is no valid YAML: {error}") from error
     if twice:

@@ -40,3 +40,11 @@ def load_weights(model: nn.Module, path: Path, way_out: str = "") -> None:
         raise SlimkitError(
             f"weights: {path} cannot be loaded into the model: {first}{end}"
         ) from error
+
+
+def sick(module: nn.Module) -> str:
+    """The first parameter that holds NaN or infinity; empty if none does. Buffers may: masks do."""
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter.detach()).all():
+            return name
+    return ""

@@ -13,12 +13,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from slimkit.batches import first_sample, samples_in, samples_of
+from slimkit.decibels import decibels
+from slimkit.deploy.agreement import differences
 from slimkit.errors import ExportError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, Deployable, Runner, tensors_of
 from slimkit.quantization.exact import exact
 from slimkit.quantization.finished import finish
 from slimkit.registry import blame_for
+
+LEAST_DB = {False: 20.0, True: 10.0}
+"""Signal to difference below which a file in float, or in int8, is of another model."""
+_MISREAD = (
+    "it has misread an operation. Replace what is unusual, such as options of a pooling, a padding "
+    "or an interpolation, or cut it off and compute it outside"
+)
 
 
 class Deployed:
@@ -72,7 +81,12 @@ def _joined(pieces: Sequence[Tensor], batch: int) -> Tensor:
 
 
 def compile_(
-    model: nn.Module, backend: Backend, example_inputs: tuple[Any, ...], directory: Path
+    model: nn.Module,
+    backend: Backend,
+    example_inputs: tuple[Any, ...],
+    directory: Path,
+    *,
+    compared: bool = True,
 ) -> tuple[Deployable, Deployed]:
     """Compile `model` into the new folder `directory` and open it on one thread.
 
@@ -81,6 +95,8 @@ def compile_(
         backend: compiles it.
         example_inputs: the forward's arguments; one sample of them sets the file's shapes.
         directory: made here; removed again if anything fails.
+        compared: whether a float file that computes something else is refused; of an int8 file the
+            agreement tells.
 
     Raises:
         ExportError: the backend cannot compile or run it, or int8 was asked for and the file holds
@@ -100,10 +116,51 @@ def compile_(
         if not any(directory.iterdir()):
             raise ExportError(f"{type(backend).__name__} wrote no file into {directory}")
         deployed = open_(backend, directory, deployable)
+        if compared and not deployable.quantized:
+            refuse_other(type(backend).__name__, deployable, deployed.runner)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
     return deployable, deployed
+
+
+def refuse_other(name: str, deployable: Deployable, runner: Runner) -> None:
+    """Refuse a file that computes something else than what it was made from.
+
+    Converters that misread an operation say nothing of it. The bound is far below what rounding,
+    bfloat16 among it, costs, and what differs by a thousandth of the largest value is let through.
+
+    Args:
+        name: of the backend.
+        deployable: what the file was made from; both run on its example.
+        runner: the opened file.
+
+    Raises:
+        ExportError: the outputs are others.
+    """
+    leaves = [t for t in tree_leaves(deployable.example_inputs) if isinstance(t, Tensor)]
+    found = [t.detach().cpu() for t in runner(*(t.detach().cpu().contiguous() for t in leaves))]
+    module = deployable.program.module(check_guards=False)
+    with torch.no_grad():
+        expected = tensors_of(module(*deployable.example_inputs))
+    shapes = [[tuple(t.shape) for t in outputs] for outputs in (expected, found)]
+    if shapes[0] != shapes[1]:
+        raise ExportError(
+            f"the file of {name} gives outputs of shapes {shapes[1]}, and the model {shapes[0]}: "
+            f"{_MISREAD}"
+        )
+    for number, (a, b) in enumerate(zip(expected, found, strict=True)):
+        difference, signal = differences(a, b)
+        finite = a[a.isfinite()].double()
+        largest = float(finite.abs().max()) if finite.numel() else 0.0
+        if not a.numel() or float(difference.max()) <= 1e-5 + 1e-3 * largest:
+            continue
+        ratio = decibels(signal, float(difference.square().sum()))
+        if ratio < LEAST_DB[deployable.quantized]:
+            raise ExportError(
+                f"the file of {name} computes something else than the model: its output {number} "
+                f"has {ratio:.0f} dB of signal to difference on the example; {_MISREAD}"
+            )
 
 
 def open_(backend: Backend, directory: Path, deployable: Deployable, threads: int = 1) -> Deployed:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimkit.batches import as_inputs, first_sample, inputs_of, joined, to_cpu
+from slimkit.batches import as_inputs, finite, first_sample, inputs_of, joined, to_cpu
 from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.deployed import Deployed, open_
@@ -22,6 +22,7 @@ from slimkit.interfaces import Backend
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import finish
 from slimkit.registry import discover
+from slimkit.weights import sick
 
 
 class Artifact:
@@ -137,8 +138,8 @@ def export(
         (2, 16)
     """
     inputs = to_cpu(as_inputs(example_inputs))
-    name = backend if isinstance(backend, str) else type(backend).__name__
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
+    name = backend if isinstance(backend, str) else discover().name_of("backend", target)
     folder = Path(directory)
     check_target(folder)
     if isinstance(model, QuantizedModel) and not target.scheme.holds(model.fake.scheme):
@@ -155,6 +156,12 @@ def export(
         together = joined(compared)
     except (RuntimeError, TypeError, ValueError) as error:
         raise SlimkitError(f"data does not fit example_inputs: {error}") from error
+    if not finite(together):
+        raise SlimkitError(
+            "example_inputs or data hold NaN or infinity, on which nothing can be compared"
+        )
+    if broken := sick(network):
+        raise ExportError(f"{broken} of the model holds NaN or infinity: it is no model")
     with replacing(folder) as work:
         stage = "int8" if isinstance(own, QuantizedModel) else "compressed"
         rows = release(

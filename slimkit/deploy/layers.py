@@ -195,9 +195,11 @@ def per_layer(
     try:
         if real is None:
             real = scratch / "real"
-            compile_(model, backend, sample, real)
+            compile_(model, backend, sample, real, compared=False)
         try:
-            _, deployed = compile_(tapped.model, backend, sample, scratch / "tapped")
+            _, deployed = compile_(
+                tapped.model, backend, sample, scratch / "tapped", compared=False
+            )
         except ExportError as error:
             raise ExportError(
                 f"the model cannot be compiled with its inner tensors as outputs, so its layers "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from slimkit.batches import as_inputs, first_sample, to_cpu
 from slimkit.calls import WEIGHTED, Call, Trace, trace
 from slimkit.copies import copied
+from slimkit.deploy.deployed import refuse_other
 from slimkit.errors import SlimkitError, in_one_line
 from slimkit.interfaces import Backend, Scheme
 from slimkit.quantization.calibration import quantize
@@ -154,9 +157,19 @@ def _asked(
         return problems, ()
     try:
         with blame_for("backend", backend, f"asked about {type(model).__name__}"):
-            return (), tuple(backend.remarks(deployable))
+            remarks = tuple(backend.remarks(deployable))
     except SlimkitError as error:
-        return (), (str(error),)
+        remarks = (str(error),)
+    try:
+        with (
+            blame_for("backend", backend, f"trying {type(model).__name__}"),
+            TemporaryDirectory(prefix="slimkit-") as name,
+        ):
+            backend.compile(deployable, Path(name))
+            refuse_other(type(backend).__name__, deployable, backend.load(Path(name)))
+    except SlimkitError as error:
+        return (str(error),), remarks
+    return (), remarks
 
 
 def _integers(

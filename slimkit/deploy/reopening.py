@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.batches import first_sample, inputs_of, samples_of, to_cpu
+from slimkit.batches import finite, first_sample, inputs_of, samples_of, to_cpu
 from slimkit.deploy.agreement import Agreement, compare
 from slimkit.deploy.artifact import is_graph, load
 from slimkit.deploy.deployed import Deployed
@@ -64,13 +64,15 @@ class Reopened:
         computed: list[list[Tensor]] = []
         model: nn.Module | None = None
         for inputs in _inputs(batches, self.network, most):
+            if not finite(inputs):
+                raise SlimkitError("the data holds NaN or infinity: nothing can be compared on it")
             try:
                 if model is None:
                     model = exact(self.simulation, first_sample(inputs))
                 with torch.no_grad(), evaluating(model):
                     simulated.append(tensors_of(model(*inputs)))
                 computed.append(deployed.flat(*inputs))
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
                 raise SlimkitError(
                     f"the data does not fit the model of {self.directory.parent.parent}: {error}"
                 ) from error

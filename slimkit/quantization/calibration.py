@@ -146,8 +146,12 @@ def quantize(
         >>> small(torch.randn(2, 8)).shape
         torch.Size([2, 4])
     """
-    name = backend if isinstance(backend, str) else type(backend).__name__
+    if isinstance(model, QuantizedModel):
+        raise QuantizationError(
+            f"the model is quantized already, for {model.backend}: quantize the float model anew"
+        )
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
+    name = backend if isinstance(backend, str) else discover().name_of("backend", target)
     given = [keep_float] if isinstance(keep_float, str) else list(keep_float)
     patterns = [pattern for pattern in given if pattern != AUTO]
     own = copied(model)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operations
 from torch import Tensor, nn
+from torch.fx import Node
 
 from slimkit.calls import WEIGHTED, Call, Trace, trace
 from slimkit.copies import copied
@@ -59,7 +60,49 @@ def finish(model: nn.Module, example_inputs: tuple[Any, ...]) -> Deployable:
             f"{str(error).splitlines()[0] if str(error) else ''}. A forward that depends on the "
             "values of its data, or on anything but tensors, must be rewritten first."
         ) from error
+    _drop_values_(program, {f"network.{path}" for path in module.replaced})
+    changed = _changed_buffers(program)
+    if changed:
+        names = ", ".join(changed)
+        raise ExportError(
+            f"the forward of {type(own).__name__} changes {names}, which no file keeps from one "
+            "run to the next: take it as an input and give it back as an output"
+        )
     return Deployable(program, example_inputs, quantized=fake is not None)
+
+
+def _drop_values_(program: torch.export.ExportedProgram, paths: set[str]) -> None:
+    """Let tensors that no operation reads, and whose shapes are known by now, be of no elements."""
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in program.graph.nodes:
+        path = named.get(node.name)
+        if path is None or path not in paths or node.users:
+            continue
+        held = program.state_dict if path in program.state_dict else program.constants
+        held[path] = _like(held[path], torch.empty(0, dtype=held[path].dtype))
+        node.meta["val"] = node.meta["val"].new_empty(0)
+
+
+def _like(given: Tensor, value: Tensor) -> Tensor:
+    """A value as a parameter, if what is given is one."""
+    return nn.Parameter(value, requires_grad=False) if isinstance(given, nn.Parameter) else value
+
+
+def _changed_buffers(program: torch.export.ExportedProgram) -> list[str]:
+    """The buffers that the program writes to, through views as well."""
+    named = program.graph_signature.inputs_to_buffers
+    of: dict[Any, str] = {n: named[n.name] for n in program.graph.nodes if n.name in named}
+    changed: dict[str, None] = {}
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for parameter, given in zip(schema.arguments if schema else (), node.args, strict=False):
+            if parameter.alias_info is None or not isinstance(given, Node) or given not in of:
+                continue
+            of[node] = of[given]
+            if parameter.alias_info.is_write:
+                changed[of[given].removeprefix("network.")] = None
+    return [*changed]
 
 
 @dataclass
@@ -196,16 +239,13 @@ class Finished(nn.Module):
         for call in traced.calls:
             gone = call.name in self.layers or call.name in self.skipped
             (replaced if gone else needed).update(call.state.values())
-        for path in replaced - needed:
+        self.replaced = replaced - needed
+        for path in self.replaced:
             owner, _, name = path.rpartition(".")
             module = self.network.get_submodule(owner)
             tensor = getattr(module, name)
             # of no memory, but of the shape that a forward may ask for
-            empty = torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            setattr(
-                module, name, nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-            )
+            setattr(module, name, _like(tensor, tensor.new_empty(()).expand(tensor.shape)))
 
     def constants(self, names: _Weights) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of one layer, dequantized in the graph where they are integers."""

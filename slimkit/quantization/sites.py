@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from slimkit.calls import WEIGHTED, Call, Trace
+from slimkit.errors import QuantizationError, did_you_mean
 from slimkit.interfaces import Scheme
 
 STEPS = {"silu": "sigmoid"}
@@ -73,8 +74,18 @@ def find_sites(trace: Trace, scheme: Scheme, keep_float: Sequence[str] = ()) -> 
     Args:
         trace: one forward of the model.
         scheme: the backend's arithmetic.
-        keep_float: patterns of module paths or call names that stay in float.
+        keep_float: patterns of modules, with all that is in them, or of call names that stay in
+            float.
+
+    Raises:
+        QuantizationError: a pattern is of nothing that is called.
     """
+    for pattern in keep_float:
+        if not any(_is_called(call, pattern) for call in trace.calls):
+            near = did_you_mean(pattern, {_path(call) for call in trace.calls})
+            raise QuantizationError(
+                f"keep_float: no layer of the model is called {pattern!r}{near}"
+            )
     skipped: dict[str, str] = {}
     integer: dict[str, Call] = {}
     tail = tail_of(trace) if scheme.placement == "tensors" else set()
@@ -128,9 +139,8 @@ def tail_of(trace: Trace) -> set[str]:
 
 def _obstacle(call: Call, keep_float: Sequence[str]) -> str:
     """Why a call cannot compute on integers; empty if it can."""
-    path = call.name.split(":")[0].replace("/", ".")
     for pattern in keep_float:
-        if fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(call.name, pattern):
+        if _is_called(call, pattern):
             return f"kept in float by {pattern!r}"
     if call.op in WEIGHTED:
         if call.weight_path is None:
@@ -142,6 +152,19 @@ def _obstacle(call: Call, keep_float: Sequence[str]) -> str:
     elif not call.inputs:
         return "it reads no tensor of the model"
     return ""
+
+
+def _path(call: Call) -> str:
+    """The module whose forward makes the call."""
+    return call.name.split(":")[0].replace("/", ".")
+
+
+def _is_called(call: Call, pattern: str) -> bool:
+    """Whether the call, its module, or one around that is called like this."""
+    names = (_path(call), call.name)
+    return any(fnmatch.fnmatch(name, pattern) for name in names) or fnmatch.fnmatch(
+        _path(call), f"{pattern}.*"
+    )
 
 
 def _is_depthwise(call: Call) -> bool:

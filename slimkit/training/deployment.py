@@ -32,6 +32,7 @@ from slimkit.rewriting.report import RewritingReport, summarized
 from slimkit.training.copies import own_copy
 from slimkit.training.entering import Entry
 from slimkit.training.evaluation import Evaluator
+from slimkit.training.finite import check_finite
 from slimkit.training.transferring import Transferred, hooks_of
 
 if TYPE_CHECKING:
@@ -238,6 +239,7 @@ def example_of(loaders: Loaders, entry: Entry, network: nn.Module | None = None)
 def _check_done(module: SlimModule) -> None:
     """What the recipe asks for has happened, or it is an error; what was skipped is said."""
     recipe, state = module.recipe, module.state
+    check_finite(module.network, "at the export")
     if recipe.prune is not None and not state.cut:
         raise SlimkitError(
             "the network has not been pruned yet: call Trainer.fit(module) to the end of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,16 @@ from slimkit.training.classification import network_of
 from slimkit.training.copies import own_copy
 from slimkit.training.entering import overrides, positional
 
-_GOOD = ("acc", "map", "f1", "iou", "auc", "dice", "psnr", "precision", "recall")
-_BAD = ("loss", "error", "mse", "mae", "perplexity")
+_GOOD = frozenset(
+    {"acc", "accuracy", "top1", "top5", "ap", "map", "f1", "fbeta", "iou", "miou", "auc", "auroc"}
+    | {"dice", "psnr", "ssim", "precision", "recall", "r2", "bleu", "rouge", "kappa", "mcc"}
+)
+_BAD = frozenset(
+    {"loss", "error", "err", "mse", "rmse", "msle", "mae", "mape", "smape", "nll", "brier", "wer"}
+    | {"cer", "eer", "ece", "bce", "ce", "kl", "perplexity", "ppl", "epe", "fid"}
+)
+"""Words that the names of metrics are made of, where more is better, or less."""
+_WORD = re.compile(r"[a-z]+\d*")
 
 
 class Evaluator:
@@ -99,14 +108,23 @@ class Evaluator:
 
 
 def _choose(logged: dict[str, float]) -> Metric:
-    for name in logged:
-        if any(word in name.lower() for word in _GOOD):
+    """The first metric of which more is better, else the first of which less is.
+
+    Raises:
+        SlimkitError: nothing is logged, or no name tells which way is better.
+    """
+    words = {name: set(_WORD.findall(name.lower())) for name in logged}
+    for name, found in words.items():
+        if found & _GOOD and not found & _BAD:
             return Metric(name=name)
-    for name in logged:
-        if any(word in name.lower() for word in _BAD):
+    for name, found in words.items():
+        if found & _BAD:
             return Metric(name=name, mode="min")
     if logged:
-        return Metric(name=next(iter(logged)))
+        raise SlimkitError(
+            f"metric: {', '.join(logged)} may be better for being more or less: say which, as in "
+            f"metric: {{name: {next(iter(logged))}, mode: max}}"
+        )
     raise SlimkitError("the validation step logs no metric; log one, such as val_accuracy")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from slimkit.errors import DivergedError
+from slimkit.weights import sick
 
 
 def check_finite(module: nn.Module, when: str) -> None:
-    """Refuse weights that hold NaN or infinity; buffers, such as masks, may.
+    """Refuse weights that hold NaN or infinity.
 
     Args:
         module: whose parameters are looked at.
@@ -18,10 +18,9 @@ def check_finite(module: nn.Module, when: str) -> None:
     Raises:
         DivergedError: the first of them is named.
     """
-    for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter.detach()).all():
-            raise DivergedError(
-                f"the training diverged: {name.removeprefix('inner.')} holds NaN or infinity "
-                f"{when}; lower the learning rate, clip gradients (trainer.gradient_clip_val), or "
-                "look at the loss"
-            )
+    name = sick(module).removeprefix("inner.")
+    if name:
+        raise DivergedError(
+            f"the training diverged: {name} holds NaN or infinity {when}; lower the learning rate, "
+            "clip gradients (trainer.gradient_clip_val), or look at the loss"
+        )

@@ -398,10 +398,16 @@ class SlimModule(pl.LightningModule):
         self.training_step = self._train(inner.training_step)  # type: ignore[method-assign]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Tell the wrapped module, too, which hook runs: its `log` asks for it."""
+        """Tell the wrapped module which hook runs, and set what is its own, as tuners do."""
+        modules = self.__dict__.get("_modules", {})
+        inner = modules.get("inner")
+        mine = name in self.__dict__ or name in modules or hasattr(type(self), name)
+        if inner is not None and not mine and name in vars(inner):
+            setattr(inner, name, value)
+            return
         super().__setattr__(name, value)
-        if name == "_current_fx_name" and "inner" in self.__dict__.get("_modules", {}):
-            self.inner._current_fx_name = value
+        if inner is not None and name == "_current_fx_name":
+            inner._current_fx_name = value
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the wrapped module are found here too (callbacks look for them)."""

@@ -6,6 +6,7 @@ import gc
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 
 from slimkit.errors import SlimkitError
 
@@ -22,6 +23,12 @@ def check_strategy(trainer: pl.Trainer, doing: str, instead: str) -> None:
         SlimkitError: it is neither one device nor DDP.
     """
     strategy = trainer.strategy
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise SlimkitError(
+            f"{doing} works with DDP as processes of their own, not as copies of this one "
+            "(ddp_spawn, ddp_fork, ddp_notebook), from which weights of another shape do not come "
+            "back: use strategy: ddp"
+        )
     if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
         raise SlimkitError(
             f"{doing} works on one device or with DDP, not with {type(strategy).__name__}, under "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
@@ -125,7 +125,7 @@ class TeacherCache:
         try:
             save_file(plain, aside, about)
             aside.replace(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is either
             aside.unlink(missing_ok=True)
             raise SlimkitError(f"distill.cache: {path} cannot be written: {error}") from error
         self._files.add(key.whole)

@@ -17,7 +17,7 @@ from slimkit.places import Place
 from slimkit.recipe import Distill
 from slimkit.recipe import Teacher as Wanted
 from slimkit.training.catching import catching, module_paths
-from slimkit.training.digest import digest
+from slimkit.training.digest import code_of, digest
 from slimkit.training.logged import logged
 from slimkit.training.teacher_cache import Given, TeacherCache, key_of
 
@@ -95,7 +95,7 @@ class Teacher:
         """A hash of all that its outputs depend on but the inputs."""
         kind = "cpu" if self._device is None else self._device.type
         cast = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-        about = [type(self.network).__name__, sorted(self.places), self.precision or cast]
+        about = [code_of(self.network), sorted(self.places), self.precision or cast]
         return digest(json.dumps(about), self.network.state_dict())
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Given:

@@ -258,3 +258,31 @@ def test_the_command_asks_every_backend_and_trains_nothing(
         "project_of_targets.py",
         "recipe.yaml",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flow", "backend"),
+    [
+        (lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=5), "onnxruntime"),
+        (lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), "ncnn"),
+        (lambda x: F.dropout(x, 0.5), "onnxruntime"),  # at work in evaluation mode, too
+    ],
+    ids=["divisor", "circular", "dropout"],
+)
+def test_a_file_that_computes_something_else_is_refused(flow, backend, tmp_path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(flow(self.first(x)))
+
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(4, 3, 12, 12)
+    for found in preflight(net, x, backend):
+        (problem,) = found.problems
+        assert "computes something else than the model: its output 0 has" in problem
+    with pytest.raises(ExportError, match="computes something else than the model"):
+        slimkit.export(net, x, backend, directory=tmp_path / "artifact")
+    assert [*tmp_path.iterdir()] == []
