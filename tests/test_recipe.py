@@ -429,6 +429,8 @@ FILES = {
     "two documents": ("a: 1\n---\nb: 2", "line 2"),
     "python object": ("model: !!python/name:os.system", "line 1"),
     "control character": ("model: \x07", "no valid YAML"),
+    "date": ("weights: 2020-99-99", "a value that cannot be read: month must be in 1..12"),
+    "depth": ("model: " + 3000 * "[", "a value that cannot be read"),
     "key twice": ("model: a\nprune:\n  steps: 1\n  steps: 2\n", "prune.steps: is given twice"),
     "key twice in a list": ("export:\n- name: a\n  name: b", "in lines 2 and 3"),
     "latin-1": (b"model: \xe9", "cannot be read"),

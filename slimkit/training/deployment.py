@@ -94,7 +94,13 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
     quantized = _quantized(module, network, backends, loaders)
     if quantized:
         stages["int8"] = dict(quantized)
-    evaluator = Evaluator(module.inner, loaders.evaluation(), recipe.metric, recipe.network)
+    evaluator = Evaluator(
+        module.inner,
+        loaders.evaluation(),
+        recipe.metric,
+        recipe.network,
+        gated=recipe.gates.accuracy_drop is not None,
+    )
     if not evaluator.can:
         module.announce(f"no metric: {evaluator.why_not}; files are compared with the simulation")
     with replacing(_aside(directory)) as work:

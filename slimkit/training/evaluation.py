@@ -39,6 +39,7 @@ class Evaluator:
         loader: batches to evaluate on.
         metric: which metric; None chooses the first that reads like an accuracy.
         path: of the part that is replaced, as a recipe's ``network``.
+        gated: whether it matters which way is better.
     """
 
     def __init__(
@@ -47,7 +48,10 @@ class Evaluator:
         loader: Any,
         metric: Metric | None,
         path: str | None = None,
+        *,
+        gated: bool = False,
     ) -> None:
+        self.gated = gated
         self.inner = inner
         self.loader = loader
         self.metric = metric
@@ -98,7 +102,7 @@ class Evaluator:
             )
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.metric is None:
-            self.metric = _choose(logged)
+            self.metric = _choose(logged, self.gated)
         if self.metric.name not in logged:
             raise SlimkitError(
                 f"metric: validation logs no {self.metric.name!r}"
@@ -107,11 +111,11 @@ class Evaluator:
         return logged[self.metric.name]
 
 
-def _choose(logged: dict[str, float]) -> Metric:
-    """The first metric of which more is better, else the first of which less is.
+def _choose(logged: dict[str, float], gated: bool) -> Metric:
+    """The first metric of which more is better, else the first of which less is, else the first.
 
     Raises:
-        SlimkitError: nothing is logged, or no name tells which way is better.
+        SlimkitError: nothing is logged, or no name tells which way is better, and a gate asks.
     """
     words = {name: set(_WORD.findall(name.lower())) for name in logged}
     for name, found in words.items():
@@ -120,6 +124,8 @@ def _choose(logged: dict[str, float]) -> Metric:
     for name, found in words.items():
         if found & _BAD:
             return Metric(name=name, mode="min")
+    if logged and not gated:
+        return Metric(name=next(iter(logged)))
     if logged:
         raise SlimkitError(
             f"metric: {', '.join(logged)} may be better for being more or less: say which, as in "

@@ -402,6 +402,7 @@ class SlimModule(pl.LightningModule):
         modules = self.__dict__.get("_modules", {})
         inner = modules.get("inner")
         mine = name in self.__dict__ or name in modules or hasattr(type(self), name)
+        mine = mine or name.startswith("_")
         if inner is not None and not mine and name in vars(inner):
             setattr(inner, name, value)
             return

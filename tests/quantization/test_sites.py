@@ -11,7 +11,9 @@ from nets import INPUTS, TENSORS, Shifted, normal
 from torch import nn
 from torch.nn import functional
 
+import slimkit
 from slimkit.calls import trace
+from slimkit.errors import QuantizationError
 from slimkit.quantization.sites import Sites, find_sites, prescribed
 
 IMAGE = normal(1, 3, 8, 8)
@@ -283,3 +285,31 @@ def test_depthwise_layers_stay_in_float_where_the_backend_says_so() -> None:
     assert list(found.weights) == ["b:conv2d:0"]
     assert "depthwise" in found.skipped["a:conv2d:0"]
     assert len(sites(flow, INPUTS, **layers).weights) == 2
+
+
+def test_a_pattern_is_of_what_is_in_a_module_too() -> None:
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer3 = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.layer3(x))
+
+    small = slimkit.quantize(Stage(), [torch.randn(2, 3, 4, 4)], keep_float=["layer3"])
+    assert [*small.fake.sites.weights] == ["head:conv2d:0"]
+    with pytest.raises(QuantizationError, match="called 'laier3'; did you mean 'layer3"):
+        slimkit.quantize(Stage(), [torch.randn(2, 3, 4, 4)], keep_float=["laier3"])
+
+
+@pytest.mark.parametrize("bits", [1, 0, -3, 2.5, True, 9])
+def test_a_width_that_no_grid_has_is_refused(bits) -> None:
+    with pytest.raises(QuantizationError, match="choose weight_bits from 2 to 8"):
+        slimkit.quantize(nn.Linear(8, 8), [torch.randn(2, 8)], weight_bits=bits)
+
+
+def test_what_is_quantized_is_not_quantized_again() -> None:
+    small = slimkit.quantize(nn.Linear(8, 8), [torch.randn(2, 8)])
+    with pytest.raises(QuantizationError, match="quantized already, for onnxruntime"):
+        slimkit.quantize(small, [torch.randn(2, 8)])

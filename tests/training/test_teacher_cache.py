@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from slimkit import SlimModule
 from slimkit.errors import SlimkitError
+from slimkit.training.digest import code_of
 from slimkit.training.teacher_cache import TeacherCache, key_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -201,3 +202,22 @@ def test_rows_are_read_from_disk_where_memory_is_short(tmp_path: Path, monkeypat
         assert found is not None
         assert torch.equal(found["output"], 2 * x[[5, 0, 3]])
     assert TeacherCache(tmp_path, "b" * 64, print).find(key_of((x[:3],), {})) is None
+
+
+class Tanh(Counted):
+    """The same weights under another function, told by no name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[2] = nn.Tanh()
+
+
+def test_a_teacher_of_the_same_weights_and_another_forward_is_another() -> None:
+    class Scaled(Counted):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+    found = {str(code_of(net)) for net in (Counted(), Tanh(), Scaled(1.0), Scaled(2.0))}
+    assert len(found) == 4
+    assert code_of(Counted()) == code_of(Counted())

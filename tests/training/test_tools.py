@@ -23,6 +23,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from slimkit import SlimModule
+from slimkit.errors import SlimkitError
+from slimkit.training.evaluation import _choose
+from slimkit.training.strategies import check_strategy
 
 RECIPE = {
     "prune": {"criterion": "l1", "target": {"flops": 0.6}, "during": [0.0, 0.5], "steps": 2},
@@ -201,3 +204,45 @@ def test_a_lazy_layer_is_no_obstacle_once_it_has_met_data() -> None:
     compressed = SlimModule(module, RECIPE)
     fit(compressed, pairs(), max_epochs=4)
     assert compressed.state.cut
+
+
+def test_what_a_tuner_finds_reaches_the_wrapped_module() -> None:
+    inner = Classifier()
+    inner.lr, inner.batch_size = 0.5, 2
+    slim = SlimModule(inner, {"prune": {"target": {"flops": 0.5}}})
+    slim.lr = 0.25
+    slim.lr, slim.batch_size = 0.125, 16
+    assert (slim.inner.lr, slim.inner.batch_size) == (0.125, 16)
+    assert (slim.lr, inner.lr) == (0.125, 0.5)
+    slim.state = slim.state  # its own stay its own
+    assert "state" not in vars(slim.inner)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_that_do_not_give_shapes_back_are_refused(strategy: str) -> None:
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    with pytest.raises(SlimkitError, match="use strategy: ddp"):
+        check_strategy(trainer, "pruning while training", "")
+
+
+@pytest.mark.parametrize(
+    ("logged", "name", "mode"),
+    [
+        (["val_loss", "val_acc"], "val_acc", "max"),
+        (["val_mape", "val_top1"], "val_top1", "max"),
+        (["val_mape"], "val_mape", "min"),
+        (["val_heatmap_loss"], "val_heatmap_loss", "min"),
+        (["val/accuracy_loss", "val/mIoU"], "val/mIoU", "max"),
+        (["wer"], "wer", "min"),
+        (["val_nll", "val_brier"], "val_nll", "min"),
+    ],
+)
+def test_the_metric_is_told_by_the_words_of_its_name(logged, name: str, mode: str) -> None:
+    found = _choose(dict.fromkeys(logged, 0.5), gated=True)
+    assert (found.name, found.mode) == (name, mode)
+
+
+def test_a_metric_whose_name_tells_nothing_has_to_be_named_for_a_gate() -> None:
+    with pytest.raises(SlimkitError, match=r"metric: \{name: val_foo, mode: max\}"):
+        _choose({"val_foo": 1.0, "val_bar": 2.0}, gated=True)
+    assert _choose({"val_foo": 1.0}, gated=False).name == "val_foo"
