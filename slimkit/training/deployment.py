@@ -100,6 +100,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
         recipe.metric,
         recipe.network,
         gated=recipe.gates.accuracy_drop is not None,
+        data=data,
     )
     if not evaluator.can:
         module.announce(f"no metric: {evaluator.why_not}; files are compared with the simulation")
@@ -281,7 +282,9 @@ def _quantized(
     evaluate, drop = None, module.recipe.gates.accuracy_drop
     drop = 0.01 if drop is None else drop
     if "auto" in section.keep_float and (loader := loaders.selection()):
-        one = Evaluator(module.inner, loader, module.recipe.metric, module.recipe.network)
+        one = Evaluator(
+            module.inner, loader, module.recipe.metric, module.recipe.network, data=loaders.data
+        )
         evaluate = _larger_is_better(one) if one.can else None
     result = {}
     trained = module.fake if module.fake is not None and module.fake.state == "quantize" else None

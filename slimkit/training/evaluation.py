@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 
 from slimkit.errors import SlimkitError, did_you_mean
 from slimkit.evaluating import replaced
@@ -40,6 +41,7 @@ class Evaluator:
         metric: which metric; None chooses the first that reads like an accuracy.
         path: of the part that is replaced, as a recipe's ``network``.
         gated: whether it matters which way is better.
+        data: where the loader is from.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class Evaluator:
         path: str | None = None,
         *,
         gated: bool = False,
+        data: Any = None,
     ) -> None:
-        self.gated = gated
+        self.gated, self.data = gated, data
         self.inner = inner
         self.loader = loader
         self.metric = metric
@@ -87,11 +90,13 @@ class Evaluator:
             trainer = pl.Trainer(
                 accelerator="cpu",
                 devices=1,
-                logger=False,
+                logger=DummyLogger(),  # validation steps may log pictures
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
+            if isinstance(self.data, pl.LightningDataModule):
+                trainer.datamodule = self.data  # type: ignore[attr-defined]  # steps may ask for it
             with torch.no_grad():
                 trainer.validate(probe, dataloaders=self.loader, verbose=False)
         if not calls:

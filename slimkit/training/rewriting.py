@@ -34,7 +34,9 @@ def rewrite_network(module: SlimModule, loaders: Loaders, say: Callable[[str], N
     recipe, evaluate = module.recipe, None
     if not all(known(rewrite.name).exact for rewrite in recipe.rewrite):
         loader = loaders.selection() or loaders.evaluation()
-        evaluator = Evaluator(module.inner, loader, recipe.metric, recipe.network)
+        evaluator = Evaluator(
+            module.inner, loader, recipe.metric, recipe.network, data=loaders.data
+        )
         evaluate = evaluator if evaluator.can else None
     inputs = example_of(loaders, module.entry)
     report = module.rewrite_(inputs, module.entry.each(loaders.calibration()), evaluate)

@@ -246,3 +246,18 @@ def test_a_metric_whose_name_tells_nothing_has_to_be_named_for_a_gate() -> None:
     with pytest.raises(SlimkitError, match=r"metric: \{name: val_foo, mode: max\}"):
         _choose({"val_foo": 1.0, "val_bar": 2.0}, gated=True)
     assert _choose({"val_foo": 1.0}, gated=False).name == "val_foo"
+
+
+def test_a_validation_step_may_use_logger_and_data_module_in_the_export(tmp_path: Path) -> None:
+    class Asking(Classifier):
+        def validation_step(self, batch: Any, index: int) -> Any:
+            self.logger.experiment.add_image("first", batch[0][0], 0)
+            self.logger.log_metrics({"samples": len(batch[0])})
+            self.log("tag", float(self.trainer.datamodule.tag))
+            return super().validation_step(batch, index)
+
+    data = pairs()
+    data.tag = 3
+    module = SlimModule(Asking(), {"quantize": {}})
+    release = module.export(tmp_path / "small", data)
+    assert release.rows[-1].metric is not None
