@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slimkit.batches import joined, samples_in, samples_of
 from slimkit.copies import copied, uncompiled_
-from slimkit.deploy.folder import FORMAT, read_manifest, write_manifest
+from slimkit.deploy.folder import FORMAT, read_manifest, understood, write_manifest
 from slimkit.deploy.provenance import compare_versions, record, used_by
 from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.importing import build
@@ -113,12 +113,17 @@ def load(
     """
     folder = Path(directory)
     content = read_manifest(folder)
-    compare_versions(content.get("plugins", []))
-    quantization = content["quantization"]
+    with understood(folder):
+        compare_versions(content.get("plugins", []))
+        quantization = dict(content["quantization"])
+        path = dict(content.get("recipe") or {}).get("network")
+        rewriting = report_in(content["rewriting"]) if content.get("rewriting") else None
+        report = None if content["pruning"] is None else _report_in(content["pruning"])
+        if content.get("model") is not None:
+            dict(content["model"])
     if backend is not None and backend not in quantization:
         known = ", ".join(quantization) or "no backend"
         raise ArtifactError(f"{folder} is quantized for {known}, not for {backend}")
-    path = (content.get("recipe") or {}).get("network")
     network = _network(content, model, path)
     if network is None:
         if not (folder / PROGRAM).is_file():
@@ -127,12 +132,10 @@ def load(
                 "pass model="
             )
         return _Graph(torch.export.load(folder / PROGRAM).module())
-    if content.get("rewriting"):
-        rewriting = report_in(content["rewriting"])
+    if rewriting is not None:
         apply_(network, rewriting.changes)
         network.slimkit_rewriting = rewriting  # type: ignore[assignment]  # a plain attribute
-    if content["pruning"] is not None:
-        report = _report_in(content["pruning"])
+    if report is not None:
         remove_(network, report.kept, report.attributes)
         network.slimkit_pruning = report  # type: ignore[assignment]  # a plain attribute
     try:
@@ -146,10 +149,13 @@ def load(
     name = backend or next(iter(quantization))
     saved = quantization[name]
     try:
-        fake = _fixed(saved, network, _below(tensors, f"ranges.{name}."))
+        with understood(folder):
+            sites, scheme = _sites_in(saved["sites"]), _scheme_in(saved["scheme"])
+            choices = saved["weights"], saved["activations"]
+        fake = _fixed(sites, scheme, network, _below(tensors, f"ranges.{name}."))
     except (KeyError, RuntimeError) as error:
         raise ArtifactError(f"the ranges of {folder} do not fit the model: {error}") from error
-    return QuantizedModel(network, fake, name, (saved["weights"], saved["activations"])).eval()
+    return QuantizedModel(network, fake, name, choices).eval()
 
 
 def is_graph(module: nn.Module) -> bool:
@@ -226,12 +232,12 @@ def _names(fake: FakeQuantization) -> list[str]:
 
 
 def _fixed(
-    saved: Mapping[str, Any], network: nn.Module, ranges: Mapping[str, Tensor]
+    sites: Sites, scheme: Scheme, network: nn.Module, ranges: Mapping[str, Tensor]
 ) -> FakeQuantization:
     """The fake-quantizers of a manifest with the ranges that were saved."""
     fake = FakeQuantization(
-        _sites_in(saved["sites"]),
-        _scheme_in(saved["scheme"]),
+        sites,
+        scheme,
         Fixed,
         Fixed,
         dict(network.named_parameters(remove_duplicate=False)),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slimkit.errors import ArtifactError
+from slimkit.errors import ArtifactError, in_one_line
 
 MANIFEST = "slimkit.json"
 FORMAT = 1  # of artifacts; raised when an older slimkit could not read the new ones
@@ -85,6 +85,22 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def understood(directory: Path) -> Iterator[None]:
+    """Inside, what a manifest holds is used: what is missing there, or is of another kind, is told.
+
+    Raises:
+        ArtifactError: instead of what Python says of it.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ArtifactError(
+            f"{directory / MANIFEST} does not hold what this slimkit writes "
+            f"({in_one_line(error)}): it was edited, or is of another version; export again"
+        ) from error
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The content of ``slimkit.json``, once every file's hash was found right.
 
@@ -97,7 +113,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, files = content["format"], dict(content["files"])
-    except (ValueError, KeyError, TypeError) as error:
+        if not files:
+            raise ValueError("it names no file")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); export the model again") from error
     if version != FORMAT:
         raise ArtifactError(f"{path} has format {version!r}; this slimkit reads format {FORMAT}")

@@ -14,7 +14,7 @@ from slimkit.batches import finite, first_sample, inputs_of, samples_of, to_cpu
 from slimkit.deploy.agreement import Agreement, compare
 from slimkit.deploy.artifact import is_graph, load
 from slimkit.deploy.deployed import Deployed
-from slimkit.deploy.folder import read_manifest
+from slimkit.deploy.folder import read_manifest, understood
 from slimkit.deploy.layers import LEAST_DB, SAMPLES, LayerReport, per_layer
 from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.evaluating import evaluating
@@ -132,11 +132,12 @@ def reopen(
         )
     if backend is not None and backend not in names:
         raise ArtifactError(f"{folder} holds files for {', '.join(names)}, not for {backend}")
-    options = _options(manifest)
+    with understood(folder):
+        options, simulated = _options(manifest), [*manifest["quantization"]]
     found = []
     for name in [backend] if backend is not None else names:
         made: Backend = discover().create("backend", name, options.get(name, {}))
-        quantized = name if name in manifest["quantization"] else None
+        quantized = name if name in simulated else None
         simulation = load(folder, model, backend=quantized)
         found.append(Reopened(name, made, exports / name, simulation))
     return found

@@ -18,6 +18,7 @@ from torch import nn
 
 import slimkit
 from slimkit.deploy.artifact import _scheme_in, _scheme_out
+from slimkit.deploy.reopening import reopen
 from slimkit.errors import ArtifactError, ExportError, SlimkitError
 from slimkit.interfaces import Criterion
 from slimkit.registry import discover
@@ -308,3 +309,64 @@ def test_a_fresh_process_loads_without_torch_pruning_and_without_pickle(exported
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(model(X).double().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"quantization": None},
+        {"quantization": {"torch": {}}},
+        {"quantization": {"torch": {"sites": {}, "scheme": {"later": 1}}}},
+        {"pruning": {}},
+        {"plugins": [{}]},
+        {"plugins": 5},
+        {"rewriting": [{}]},
+        {"rewriting": 5},
+        {"model": 3},
+        {"recipe": [1]},
+        {"files": {}},
+        {"files": 5},
+    ],
+    ids=str,
+)
+def test_an_edited_manifest_is_one_error(exported, tmp_path, edit) -> None:
+    folder = copied(exported[0], tmp_path)
+    file = folder / "slimkit.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **edit}))
+    with pytest.raises(ArtifactError, match=r"slimkit\.json (does not hold|is damaged)"):
+        slimkit.load(folder, residual_net)
+    with pytest.raises(ArtifactError):
+        reopen(folder, residual_net)
+
+
+@pytest.mark.parametrize("gone", ["quantization", "pruning"])
+def test_a_manifest_that_lacks_a_part_is_one_error(exported, tmp_path, gone) -> None:
+    folder = copied(exported[0], tmp_path)
+    file = folder / "slimkit.json"
+    content = json.loads(file.read_text())
+    del content[gone]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=gone):
+        slimkit.load(folder, residual_net)
+
+
+def test_nothing_is_compared_on_what_is_no_number(tmp_path) -> None:
+    net, sick = nn.Linear(4, 4), nn.Linear(4, 4)
+    with pytest.raises(SlimkitError, match="hold NaN or infinity"):
+        slimkit.export(net, torch.full((2, 4), torch.nan), "torch", directory=tmp_path / "a")
+    sick.weight.data[0, 0] = torch.nan
+    with pytest.raises(ExportError, match="weight of the model holds NaN or infinity"):
+        slimkit.export(sick, torch.ones(2, 4), "torch", directory=tmp_path / "a")
+    slimkit.export(net, torch.ones(2, 4), "torch", directory=tmp_path / "a")
+    (opened,) = reopen(tmp_path / "a", net)
+    with pytest.raises(SlimkitError, match="the data holds NaN"):
+        opened.agreement([torch.full((2, 4), torch.nan)])
+
+
+def test_an_artifact_of_an_instance_is_opened_by_the_name_of_its_plugin(tmp_path) -> None:
+    made = discover().create("backend", "torch")
+    slimkit.export(nn.Linear(4, 4), torch.ones(2, 4), made, directory=tmp_path / "a")
+    (opened,) = reopen(tmp_path / "a")
+    assert opened.runtime == "torch"
+    with pytest.raises(SlimkitError, match="the data does not fit the model"):
+        opened.agreement([torch.ones(2, 5)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import signal
 import subprocess
@@ -96,7 +97,14 @@ class Ncnn(Backend):
                 code, mat = extractor.extract(name)
                 if code != 0:
                     raise ExportError(f"ncnn failed with code {code} to compute {name} of {PARAM}")
-                found.append(torch.from_numpy(np.array(mat)).reshape(shape))
+                values = np.array(mat)
+                if values.size != math.prod(shape):
+                    raise ExportError(
+                        f"ncnn gives {values.size} values where {name} of {PARAM} has the shape "
+                        f"{tuple(shape)}: it has misread an operation; replace that in the model, "
+                        "or cut it off and compute it outside"
+                    )
+                found.append(torch.from_numpy(values).reshape(shape))
             return found
 
         return run
