@@ -145,6 +145,7 @@ def slimkit_backends() -> Iterable[Plugin]:
 
         # slimkit_pt2/backend.py
         import torch
+        from slimkit.errors import ExportError
         from slimkit.interfaces import Backend, Grid, Scheme
 
         class Pt2(Backend):
@@ -160,7 +161,18 @@ def slimkit_backends() -> Iterable[Plugin]:
                 torch.export.save(deployable.program, directory / "model.pt2")
 
             def load(self, directory, threads=1):
-                module = torch.export.load(directory / "model.pt2").module()
-                return lambda *inputs: torch.utils._pytree.tree_leaves(module(*inputs))
+                path = directory / "model.pt2"
+                try:
+                    module = torch.export.load(path).module()
+                except Exception as error:
+                    raise ExportError(f"{path} is missing or damaged") from error
+
+                def run(*inputs):
+                    try:
+                        return torch.utils._pytree.tree_leaves(module(*inputs))
+                    except (ValueError, AssertionError) as error:
+                        raise ExportError(f"{path} takes other inputs: {error}") from error
+
+                return run
     """
     raise NotImplementedError

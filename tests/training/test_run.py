@@ -482,7 +482,7 @@ def test_a_training_that_diverges_is_no_artifact(project: Project) -> None:
     project.write(prune=None, quantize={}, export=["torch"], optimizer={"lr": 1e30})
     done = project.here()
     assert done.returncode == 2
-    assert "the training diverged: network.0.weight holds NaN or infinity after epoch 1" in (
+    assert "the training diverged: model.0.weight holds NaN or infinity after epoch 1" in (
         done.stderr
     )
     assert not (project.folder / "small").exists()
