@@ -111,6 +111,23 @@ def test_a_block_that_is_normalized_with_channels_last(tmp_path: Path) -> None:
     assert [found[kind] for kind in kinds] == [4, 4, 2]
 
 
+def test_what_is_computed_of_parameters_alone_is_rounded_once(tmp_path: Path) -> None:
+    """litert-torch dropped the scale of a rounded view of a parameter: the file was noise."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Conv2d(12, 12, 1), nn.Parameter(torch.rand(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.layer(x) * self.scale.view(-1, 1, 1)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 4, 4), Scaled(), Scaled(), nn.Conv2d(12, 4, 1))
+    made = case(LiteRt(), net, normal(8, 3, 32, 32), directory=tmp_path)
+    assert torch.equal(made.exact()[0], made.outputs()[0])
+
+
 def test_what_computes_in_float_is_named(int8: dict[str, Case]) -> None:
     said = LiteRt().remarks(int8["mixed"].deployable)
     assert [line.split(", ")[0] for line in said] == ["HARD_SWISH"]  # as XNNPACK has no other

@@ -97,6 +97,7 @@ def _with_rounded_weights(deployable: Deployable) -> nn.Module:
     """
     module = deployable.program.module()
     assert isinstance(module, GraphModule)
+    _fold_constants_(module)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target in (
             _ops.dequantize_per_channel.default,
@@ -107,6 +108,29 @@ def _with_rounded_weights(deployable: Deployable) -> nn.Module:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+@torch.no_grad()
+def _fold_constants_(module: GraphModule) -> None:
+    """Compute what hangs on constants alone, such as the rounded view of a parameter.
+
+    litert-torch folds such a rounding and then drops its scale.
+    """
+    for node in [*module.graph.nodes]:
+        of_weights = "per_channel" in str(node.target)
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or of_weights or schema is None or schema.is_mutable:
+            continue
+        constants = {read: _constant(module, read) for read in node.all_input_nodes}
+        if not constants or any(constant is None for constant in constants.values()):
+            continue
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), constants.__getitem__)
+        value = node.target(*args, **kwargs)
+        if isinstance(value, Tensor):
+            name = f"folded_{node.name}"
+            module.register_buffer(name, value.clone())
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.get_attr(name))
 
 
 def _dequantize_apart_(module: GraphModule) -> None:
