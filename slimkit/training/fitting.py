@@ -30,7 +30,6 @@ from slimkit.training.finite import check_finite
 from slimkit.training.ranks import several
 
 _LIGHTNING = tuple(str(Path(library.__path__[0])) for library in (pl, lightning_fabric))
-_DAMAGED = "is damaged ({why}): start over with --fresh"
 
 
 def fit(
@@ -80,7 +79,7 @@ def epochs_in(checkpoint: Path) -> int:
         raise
     except Exception as error:  # pickle and zip raise anything
         why = in_one_line(error).rstrip(".")
-        raise SlimkitError(f"{checkpoint} {_DAMAGED.format(why=why)}") from error
+        raise SlimkitError(f"{checkpoint} is damaged ({why}): start over with --fresh") from error
 
 
 def _trainer(
@@ -109,29 +108,34 @@ def _trainer(
 @contextmanager
 def _explained(last: Path) -> Iterator[None]:
     """Say what the end of a training means for whoever started it."""
-    go_on = f"the same command goes on{f' from {last}' if last.is_file() else ''}"
     try:
         yield
     except MisconfigurationException as error:
         raise SlimkitError(f"Lightning: {error}") from error
     except SIGTERMException as error:
-        go_on = f"goes on from {last}" if last.is_file() else "begins again"
-        raise StoppedError(f"stopped by SIGTERM: the same command {go_on}") from error
+        raise StoppedError(f"stopped by SIGTERM: {_way_on(last)}") from error
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes one of the other
             raise KeyboardInterrupt from error
         raise
-    except RuntimeError as error:
-        if several() and any(sign in str(error) for sign in ("[gloo", "Connection", "NCCL")):
-            raise SlimkitError(
-                f"another process of this training ended or is out of reach "
-                f"({in_one_line(error)}): {go_on}"
-            ) from error
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+        _refuse_without_others(error, last)
         _refuse_by_lightning(error)
         raise
-    except (ValueError, TypeError, ArithmeticError) as error:
-        _refuse_by_lightning(error)
-        raise
+
+
+def _way_on(last: Path) -> str:
+    return f"the same command {f'goes on from {last}' if last.is_file() else 'begins again'}"
+
+
+def _refuse_without_others(error: Exception, last: Path) -> None:
+    """What is raised where another process can no longer be talked to."""
+    signs = ("[gloo", "Connection", "NCCL")
+    if isinstance(error, RuntimeError) and several() and any(sign in str(error) for sign in signs):
+        raise SlimkitError(
+            f"another process of this training ended or is out of reach ({in_one_line(error)}): "
+            f"{_way_on(last)}"
+        ) from error
 
 
 def _refuse_by_lightning(error: Exception) -> None:
