@@ -334,6 +334,19 @@ class Backend(ABC):
         """
         return []
 
+    def weight_bits(self) -> int | None:
+        """How wide weights may be where the device sums products of the scheme's wrongly.
+
+        x86 processors without VNNI add products of 8-bit integers in 16 bits by twos, which
+        overflow; those of 7-bit weights do not. Weights are of so many bits where nobody asks for
+        another width. Ask the runtime by a sum that would overflow. None: the scheme's are right.
+        """
+        return None
+
+    def scheme_with(self, weight_bits: int | None) -> Scheme:
+        """`scheme` with weights of so many bits; None: as `weight_bits` says, or else its own."""
+        return self.scheme.narrowed(self.weight_bits() if weight_bits is None else weight_bits)
+
     @abstractmethod
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write the device's files, and nothing else, into the existing empty `directory`."""

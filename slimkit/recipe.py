@@ -541,7 +541,8 @@ class Quantize(_Node):
     weight_bits: Bits | None = Field(
         default=None,
         description="Width of the weights' integers, if narrower than the backends' own; the files "
-        "store and compute them as those, no smaller and no faster.",
+        "store and compute them as those, no smaller and no faster. Left out, as wide as this "
+        "machine's runtime sums rightly: 7 in ONNX Runtime and OpenVINO on x86 without VNNI.",
     )
     calibration_batches: Positive = Field(
         default=16, description="Training batches for the ranges."

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from clock import fastest
+from clock import allowed, fastest
 
 from slimkit import registry
 
@@ -115,7 +115,7 @@ def test_listing_twenty_packages_takes_less_than_a_third_of_a_second(install):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert "of-p19" in done.stdout
 
-    assert fastest(listing) < 0.3
+    assert fastest(listing) < allowed(0.3)
 
 
 @pytest.mark.parametrize("name", sorted(GOOD))

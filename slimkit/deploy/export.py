@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from slimkit.errors import ExportError, SlimkitError
 from slimkit.interfaces import Backend
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import finish
+from slimkit.quantization.widths import width_remark
 from slimkit.registry import discover
 from slimkit.weights import sick
 
@@ -147,6 +149,10 @@ def export(
             f"the model was quantized for {model.backend}, whose arithmetic is not {name}'s; "
             f"call slimkit.quantize(model, data, backend={name!r})"
         )
+    if isinstance(model, QuantizedModel):
+        wide = width_remark(target, model.fake.scheme.weights.bits)
+        if wide is not None:
+            warnings.warn(f"{name}: {wide}", stacklevel=2)
     own = copied(model).cpu().eval()
     network = own.model if isinstance(own, QuantizedModel) else own
     compared = [inputs]

@@ -20,6 +20,7 @@ from slimkit.interfaces import Backend, Scheme
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.finished import finish
+from slimkit.quantization.widths import width_remark
 from slimkit.registry import blame_for, discover
 
 _MOVES = frozenset({
@@ -191,7 +192,7 @@ def _integers(
         problems,
         tuple(_in_float(traced, simulated, backend.scheme)),
         tuple(_slow(traced, simulated, backend)),
-        remarks,
+        (*([wide] if (wide := width_remark(backend, options["weight_bits"])) else []), *remarks),
     )
 
 

@@ -129,7 +129,8 @@ def quantize(
         corrections: ``equalize``, ``rounding``, ``batchnorm``, ``bias``
             (`slimkit.quantization.corrections`), or ``auto``: those of them that measurably help.
             What they did is in the result's ``corrections``.
-        weight_bits: width of the weights' integers, if narrower than the backend's own.
+        weight_bits: width of the weights' integers, if narrower than the backend's own; left out,
+            as wide as the runtime sums rightly here (`Backend.weight_bits`).
 
     Returns:
         A module to evaluate, to train on (gradients pass straight through) or to export.
@@ -168,7 +169,7 @@ def quantize(
         fake = FakeQuantization.of(
             own,
             sample,
-            target.scheme.narrowed(weight_bits),
+            target.scheme_with(weight_bits),
             maker(weights),
             maker(activations),
             patterns,

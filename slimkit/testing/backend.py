@@ -55,7 +55,8 @@ class ModelCase:
 
     def built(self, backend: Backend) -> tuple[nn.Module, Tensor]:
         """The model, and `SAMPLES` inputs for it; made once and not to be changed."""
-        return _built(self.network, self.pruned, backend.scheme if self.quantized else None)
+        scheme = backend.scheme_with(None) if self.quantized else None
+        return _built(self.network, self.pruned, scheme)
 
     def finished(self, backend: Backend) -> Deployable:
         """The model as a backend sees it."""

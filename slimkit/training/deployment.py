@@ -25,6 +25,7 @@ from slimkit.interfaces import Backend
 from slimkit.plain import plain
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.fake import QuantizedModel
+from slimkit.quantization.widths import width_remark
 from slimkit.recipe import Metric
 from slimkit.registry import discover
 from slimkit.report.page import write_report
@@ -289,7 +290,10 @@ def _quantized(
     result = {}
     trained = module.fake if module.fake is not None and module.fake.state == "quantize" else None
     for name, backend in backends.items():
-        if trained is not None and trained.scheme == backend.scheme.narrowed(section.weight_bits):
+        if wide := width_remark(backend, section.weight_bits):
+            module.announce(f"{name}: {wide}")
+        scheme = backend.scheme_with(section.weight_bits)
+        if trained is not None and trained.scheme == scheme:
             fake = copied(trained).cpu()
             result[name] = QuantizedModel(network, fake, name, (weights, activations)).eval()
             continue

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def scheme_of(backend: PluginRef, recipe: Quantize) -> Scheme:
     """The arithmetic of one of the recipe's backends, with weights as wide as the recipe says."""
     made = discover().create("backend", backend.name, backend.options)
-    return made.scheme.narrowed(recipe.weight_bits)
+    return made.scheme_with(recipe.weight_bits)
 
 
 class QuantizationCallback(pl.Callback):

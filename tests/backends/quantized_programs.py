@@ -9,6 +9,7 @@ import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers the operat
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimkit.builtin.backends.onnxruntime import OnnxRuntime
 from slimkit.interfaces import Deployable, tensors_of
 
 qd = torch.ops.quantized_decomposed
@@ -39,7 +40,8 @@ class Round(nn.Module):
 class Layer(nn.Module):
     """A conv2d, or linear layer if its shape is (out, in); its weight is int8 once frozen.
 
-    The bias is an integer too if the rounding that it `reads` is given.
+    The bias is an integer too if the rounding that it `reads` is given, as in ONNX Runtime; the
+    weight is then as wide as that sums rightly on this processor.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class Layer(nn.Module):
 
     def freeze(self) -> None:
         w, (reads,) = self.weight.detach(), self.reads
-        scale = w.flatten(1).abs().amax(1) / 127
+        bits = None if reads is None else OnnxRuntime().weight_bits()
+        scale = w.flatten(1).abs().amax(1) / (2 ** ((bits or 8) - 1) - 1)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int64))
         integers = (w.flatten(1) / scale[:, None]).round().to(torch.int8)

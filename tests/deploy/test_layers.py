@@ -70,8 +70,8 @@ class OneOutput(Reference):
 @pytest.mark.parametrize("make", [residual_net, lambda: quantized(residual_net())])
 def test_a_right_file_departs_nowhere(name: str, make) -> None:
     model = make()
-    if name == "ncnn" and not isinstance(model, Net):
-        model = quantized(residual_net(), "ncnn")
+    if not isinstance(model, Net):
+        model = quantized(residual_net(), name)
     report = per_layer(model.eval(), backend(name), (X,))
     assert report.first is None
     assert report.lowest.sqnr_db > 40

@@ -105,7 +105,7 @@ def test_channels_of_a_grouped_transposed_convolution_keep_their_own_scale(name:
     class Backend(OnnxRuntime):
         scheme = replace(OnnxRuntime.scheme, operations=operations, arithmetic=name, bias_bits=None)
 
-    quantized = slimkit.quantize(net, [x], Backend(), activations="minmax").eval()
+    quantized = slimkit.quantize(net, [x], Backend(), activations="minmax", weight_bits=8).eval()
     seen: list[Tensor] = []
     simulated = exact(quantized, (x[:1],))
     for module in (quantized.model[0], simulated.finished.network[0]):

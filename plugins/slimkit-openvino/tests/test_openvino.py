@@ -58,7 +58,8 @@ def test_a_chain_of_layers_equals_the_integer_simulation(int8: dict[str, Case]) 
     wanted = made.exact()[0]
     # where sums of floats are rounded once more or once less, and nowhere an integer step apart
     assert (wanted - found).abs().max() <= 1e-6 * found.abs().max()
-    assert (simulated - found).abs().max() > 1e-4 * found.abs().max()  # the one in float is
+    if OpenVino().weight_bits() is None:  # weights of 7 bits leave no sum between two integers
+        assert (simulated - found).abs().max() > 1e-4 * found.abs().max()  # the one in float is
 
 
 def test_every_layer_with_weights_computes_on_integers(int8: dict[str, Case], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from slimkit.importing import required
 from slimkit.interfaces import Backend, Deployable, Grid, Runner, Scheme
 from slimkit.onnx_export import strip_, to_onnx
-from slimkit.onnx_sessions import OnnxFile
+from slimkit.onnx_sessions import OnnxFile, summed_bits
 from slimkit.trial import Trial
 
 FILE = "model.onnx"
@@ -64,6 +65,14 @@ class OnnxRuntime(Backend):
         """What `torch.onnx` says against this program (it is exported on trial)."""
         return self._trial.refused(deployable, lambda: _export(deployable))
 
+    def weight_bits(self) -> int | None:
+        """7 where ONNX Runtime overflows with 8 on this processor; found by a sum, once a process.
+
+        https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "When and
+        why do I need to try U8U8?"
+        """
+        return _weight_bits()
+
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.onnx``; from 2 GB on its weights lie beside it in ``model.onnx.data``."""
         ir = required("onnx_ir", "onnxruntime", "onnxscript")
@@ -83,6 +92,11 @@ class OnnxRuntime(Backend):
     def profile(self, directory: Path, inputs: tuple[Tensor, ...]) -> dict[str, float]:
         """Times of the kernels by ONNX Runtime's own profiler: the median of 20 runs."""
         return _file(directory).profile(inputs)
+
+
+@cache
+def _weight_bits() -> int | None:
+    return summed_bits(OnnxRuntime().load)
 
 
 def _file(directory: Path) -> OnnxFile:

@@ -14,6 +14,7 @@ from torch import Tensor
 from slimkit.errors import ExportError, UnavailableError
 from slimkit.importing import backend_named
 from slimkit.interfaces import Backend, Deployable, TimedRunner
+from slimkit.onnx_sessions import summed_bits
 from slimkit_remote.connection import Connection, Place
 
 _PEAK_RUNS, _WARM_UP, _PROFILED = 3, 5, 20
@@ -62,6 +63,8 @@ class Remote(Backend):
         self.scheme = self._local.scheme  # type: ignore[misc]
         self.channel_multiple = self._local.channel_multiple  # type: ignore[misc]
         self._threads: int | None = None
+        self._bits: int | None = None
+        self._asked_bits = False
 
     def check(self, deployable: Deployable) -> list[str]:
         """What the compiling backend says; the board is asked once whether it can be reached.
@@ -75,6 +78,20 @@ class Remote(Backend):
     def remarks(self, deployable: Deployable) -> list[str]:
         """What the compiling backend says."""
         return self._local.remarks(deployable)
+
+    def weight_bits(self) -> int | None:
+        """What the board's ONNX Runtime sums rightly, asked there once; of ncnn, its own.
+
+        Where the board cannot be reached, nothing is known: `check` says so.
+        """
+        if self.runtime != "onnxruntime":
+            return self._local.weight_bits()
+        if not self._asked_bits:
+            try:
+                self._bits, self._asked_bits = summed_bits(self.load), True
+            except UnavailableError:
+                return None
+        return self._bits
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write the compiling backend's files."""
