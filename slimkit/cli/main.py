@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import click
 
-from slimkit.errors import SlimkitError
+from slimkit.errors import SlimkitError, StoppedError
 
 # Threads that spin while they wait for each other make small networks several times slower wherever
 # another process wants a core as well; read when torch is imported.
@@ -68,11 +71,30 @@ def _unexpected(error: Exception) -> int:
     return 1
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Inside, SIGTERM unwinds what is at work, which removes what is half-written; once."""
+
+    def stop(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(StoppedError.exit_code)
+
+    ours = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main() -> None:
     """Run the command line and exit."""
     try:
-        code = slimkit.main(prog_name="slimkit", standalone_mode=False)
-        sys.stdout.flush()
+        with _stoppable():
+            code = slimkit.main(prog_name="slimkit", standalone_mode=False)
+            sys.stdout.flush()
     except SlimkitError as error:
         click.echo(f"Error: {error}", err=True)
         code = error.exit_code
@@ -90,6 +112,8 @@ def main() -> None:
         if code is None:  # by the code of a model or of data: nothing was finished
             click.echo("Error: something ended the process before it was done", err=True)
             code = SlimkitError.exit_code
+        elif code == StoppedError.exit_code:
+            click.echo("Error: stopped by SIGTERM: nothing is left half-written", err=True)
     except BrokenPipeError:  # `slimkit list-plugins | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

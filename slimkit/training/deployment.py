@@ -105,7 +105,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
     )
     if not evaluator.can:
         module.announce(f"no metric: {evaluator.why_not}; files are compared with the simulation")
-    with replacing(_aside(directory)) as work:
+    with replacing(aside(directory)) as work:
         rows = release(
             stages,
             backends,
@@ -130,9 +130,9 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
         )
         _write(work, module, network, quantized, result, misses)
     if misses:
-        move(_aside(directory), rejected(directory))
+        move(aside(directory), rejected(directory))
         raise MissedGates(misses, replace(result, directory=rejected(directory)))
-    move(_aside(directory), directory)
+    move(aside(directory), directory)
     return result
 
 
@@ -396,5 +396,6 @@ def rejected(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.rejected")
 
 
-def _aside(directory: Path) -> Path:
+def aside(directory: Path) -> Path:
+    """What a new artifact is called, with more behind it, while it is made."""
     return directory.with_name(f".{directory.name}.new")

@@ -7,6 +7,8 @@ with the arguments that a recipe passes on; here both become errors that say so.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +60,7 @@ def fit(
     """
     resumed = last if last.is_file() else None
     draws = Draws(recipe.trainer.seed, data, epochs_in(last) if resumed else 0)
-    with muted(), _explained(last):
+    with muted(), _explained(last), _by_lightning():
         kept: list[pl.Callback] = [draws, Finite(), KeepLast(last)]
         trainer = _trainer(recipe, last.parent, epochs, [*kept, *callbacks])
         trainer.fit(module, datamodule=data, ckpt_path=None if resumed is None else str(resumed))
@@ -122,6 +124,20 @@ def _explained(last: Path) -> Iterator[None]:
         _refuse_without_others(error, last)
         _refuse_by_lightning(error)
         raise
+
+
+@contextmanager
+def _by_lightning() -> Iterator[None]:
+    """Leave SIGTERM to Lightning, which ends a training between two batches, on all ranks."""
+    before = signal.getsignal(signal.SIGTERM)
+    ours = callable(before) and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _way_on(last: Path) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,19 +17,18 @@ from torch.utils._pytree import tree_map_only
 
 from slimkit.batchnorm import reestimate_
 from slimkit.copies import uncompiled_
-from slimkit.deploy.folder import check_target
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Criterion
 from slimkit.parts import part_of
-from slimkit.pruning.prune import channel_multiple, cut_to_target_
+from slimkit.pruning.prune import cut_to_target_
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.sparsity import zero_
 from slimkit.recipe import Import, Prune, Recipe
 from slimkit.registry import discover
 from slimkit.report.curves import write_curves
 from slimkit.training.classification import lightning_of
-from slimkit.training.deployment import Loaders, Release, deploy, example_of, rejected
+from slimkit.training.deployment import Loaders, Release, deploy, example_of
 from slimkit.training.evaluation import muted
 from slimkit.training.fitting import fit
 from slimkit.training.module import SlimModule
@@ -49,13 +45,18 @@ from slimkit.training.ranks import of_the_first, several
 from slimkit.training.rehearsal import rehearse
 from slimkit.training.rewriting import rewrite_network
 from slimkit.training.sparsity import weights_ratio
+from slimkit.training.workplace import (
+    BEGUN,
+    DENSE,
+    LAST,
+    alone,
+    compare_models,
+    leave,
+    prepare,
+)
 from slimkit.weights import load_weights
 
 Say = Callable[[str], None]
-_LAST, _BEGUN = "last.ckpt", "pretrain.ckpt"  # checkpoints of both trainings
-_DENSE = "dense.safetensors"  # weights after the pretraining, for a resumed run
-_TRAINED = (_LAST, _BEGUN, _DENSE)
-_KEY, _MODEL = "recipe.sha256", "model.json"
 
 
 @dataclass
@@ -96,11 +97,24 @@ def run(
     model_import, data_import = _needed(recipe)
     work = output.with_name(f"{output.name}.work")
     join(recipe.trainer)
-    if is_first():
-        _prepare(recipe, output, work, fresh, say)
-    else:
-        say = nothing
-    meet()
+    if not is_first():
+        meet()
+        return _run(recipe, model_import, data_import, output, work, nothing)
+    with alone(work):
+        prepare(recipe, output, work, fresh, say)
+        meet()
+        return _run(recipe, model_import, data_import, output, work, say)
+
+
+def _run(
+    recipe: Recipe,
+    model_import: Import,
+    data_import: Import,
+    output: Path,
+    work: Path,
+    say: Say,
+) -> tuple[Release, Timing] | None:
+    """What follows in each process once the folder `work` is ready."""
     timing = Timing()
     with muted():
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
@@ -112,8 +126,8 @@ def run(
         load_weights(model, recipe.weights)
     part_of(model, recipe.network)  # one that is not there is said before any training
     if is_first():
-        _compare_models(model, work)
-    if recipe.pretrain is not None and not (work / _DENSE).is_file():
+        compare_models(model, work)
+    if recipe.pretrain is not None and not (work / DENSE).is_file():
         rehearse(
             model, recipe, lambda: build(data_import.model_dump(), "data", pl.LightningDataModule)
         )
@@ -151,75 +165,8 @@ def run(
     say("exporting, running and measuring the files")
     with timing.part("exporting and measuring"):
         release = deploy(module, data, output)
-    for leftover in (*_TRAINED, _KEY, _MODEL):
-        (work / leftover).unlink(missing_ok=True)
+    leave(work)
     return release, timing
-
-
-def _prepare(recipe: Recipe, output: Path, work: Path, fresh: bool, say: Say) -> None:
-    """Make the folder of what is unfinished; set aside what does not belong to this run.
-
-    Raises:
-        SlimkitError: there is something at a folder's place that is not slimkit's.
-    """
-    for folder in (output, rejected(output)):
-        check_target(folder)
-    key = _key(recipe)
-    if fresh:
-        shutil.rmtree(work, ignore_errors=True)
-    elif not _same_run(work, key):
-        _set_aside(work, say)
-    work.mkdir(parents=True, exist_ok=True)
-    (work / _KEY).write_text(key)
-
-
-def _key(recipe: Recipe) -> str:
-    """A hash of what training depends on: gates, say, may change while a run is unfinished."""
-    left = {"gates", "output", "export", "metric", "quantize"}
-    prune, quantize = recipe.prune, recipe.quantize
-    if prune is not None and prune.ratios == "sensitivity":
-        left.remove("metric")
-    if quantize is not None and quantize.train_from is not None:
-        left.remove("quantize")
-    about = recipe.model_dump(mode="json", exclude=left)
-    if "quantize" in about:  # trained with the arithmetic of the first
-        about["first backend"] = recipe.export[0].model_dump(mode="json")
-    if prune is not None and prune.granularity == "channel":
-        about["multiple"] = channel_multiple(backend.name for backend in recipe.export)
-    if recipe.weights is not None and recipe.weights.is_file():
-        with recipe.weights.open("rb") as file:
-            about["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _set_aside(work: Path, say: Say) -> None:
-    """Keep what another recipe has trained."""
-    if not any((work / name).exists() for name in _TRAINED):
-        shutil.rmtree(work, ignore_errors=True)
-        return
-    old = work.with_name(f"{work.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    work.rename(old)
-    say(
-        f"starting over: the unfinished run in {work} was of a recipe that trains otherwise; what "
-        f"it had trained is kept in {old}"
-    )
-
-
-def _compare_models(model: nn.Module, work: Path) -> None:
-    """Refuse to go on with a model of other shapes than the one that training began with."""
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    note = work / _MODEL
-    if note.is_file() and any((work / name).exists() for name in _TRAINED):
-        before = json.loads(note.read_text())
-        for name in sorted(before.keys() | shapes.keys()):
-            if before.get(name) != shapes.get(name):
-                raise SlimkitError(
-                    f"the model has changed since the training in {work} began: {name} was "
-                    f"{before.get(name, 'not there')} and is {shapes.get(name, 'not there')}; "
-                    "start over with --fresh, or bring that model back"
-                )
-    note.write_text(json.dumps(shapes))
 
 
 def _needed(recipe: Recipe) -> tuple[Import, Import]:
@@ -253,25 +200,20 @@ def _check_loaders(data: pl.LightningDataModule, recipe: Recipe) -> None:
         )
 
 
-def _same_run(work: Path, key: str) -> bool:
-    note = work / _KEY
-    return note.is_file() and note.read_text() == key
-
-
 def _pretrained(
     recipe: Recipe, model: nn.Module, data: pl.LightningDataModule, work: Path, say: Say
 ) -> nn.Module:
     """The model after the recipe's pretraining, if it asks for one; kept for a resumed run."""
     if recipe.pretrain is None:
         return model
-    kept = work / _DENSE
+    kept = work / DENSE
     if kept.is_file():
         say("the dense model was trained already; going on")
         load_weights(model, kept, "--fresh trains it anew")
         return model
     epochs = recipe.pretrain.max_epochs
     say(f"training the dense model for {epochs} epochs")
-    begun = work / _BEGUN
+    begun = work / BEGUN
     if begun.is_file():
         say(f"going on from {begun}")
     inner = lightning_of(model, recipe.pretrain.optimizer)
@@ -295,7 +237,7 @@ def _pretrained(
 
 
 def _fit(module: SlimModule, data: pl.LightningDataModule, work: Path, say: Say) -> None:
-    recipe, last = module.recipe, work / _LAST
+    recipe, last = module.recipe, work / LAST
     if last.is_file():
         say(f"going on from {last}")
     fit(module, data, recipe, last, recipe.trainer.max_epochs, [EpochLine(say)])

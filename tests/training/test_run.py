@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -416,6 +417,55 @@ def test_a_run_that_is_stopped_says_so_and_goes_on(
 
 
 SHORT = {"max_epochs": 1, "accelerator": "cpu"}
+AT_ONCE = {"max_epochs": 0, "accelerator": "cpu"}
+
+
+def test_sigterm_while_files_are_made_leaves_nothing_half_written(
+    project: Project, monkeypatch
+) -> None:
+    seen = []
+
+    def stopped(*args, **kwargs):
+        seen.extend(project.folder.glob("..small.new-*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    project.write(trainer=AT_ONCE, quantize=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("slimkit.training.deployment.release", stopped)
+        done = project.here()
+    assert done.returncode == 143
+    assert "Error: stopped by SIGTERM" in done.stderr
+    assert len(seen) == 1
+    assert sorted(path.name for path in project.folder.iterdir() if "small" in path.name) == [
+        "small.work"
+    ]
+    assert project.here().returncode == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_a_killed_export_left_is_removed(project: Project) -> None:
+    names = [f"..small.new{end}" for end in ("-ab3_5xyz", "-ab3_5xyz-old", "-mine", "er")]
+    for name in names:
+        (project.folder / name).mkdir()
+    project.write(trainer=AT_ONCE, quantize=None)
+    assert project.here().returncode == 0
+    assert [(project.folder / name).exists() for name in names] == [False, False, True, True]
+
+
+def test_two_runs_into_one_folder_are_kept_apart(project: Project, monkeypatch) -> None:
+    monkeypatch.setattr("slimkit.training.workplace._PATIENCE_S", 0.2)
+    project.write(trainer=AT_ONCE, quantize=None)
+    work = project.folder / "small.work"
+    work.mkdir()
+    (work / "last.ckpt").write_bytes(b"of the other")
+    with (work / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = project.here("--fresh")
+    assert done.returncode == 2
+    assert "another run is at work in small.work: wait for its end, or choose" in done.stderr
+    assert (work / "last.ckpt").read_bytes() == b"of the other"
+    assert project.here("--fresh").returncode == 0
+    assert not work.exists()  # there were no epochs, and so no logs
 
 
 def test_what_training_does_not_depend_on_may_change_while_it_is_unfinished(
