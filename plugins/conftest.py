@@ -8,5 +8,6 @@ from quickly import (  # noqa: E402, F401  (fixtures)
     _no_measuring_process,
     _one_table_of_operators,
     _seed,
+    _short_timing,
     measuring_memory,
 )

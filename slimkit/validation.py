@@ -86,6 +86,12 @@ def complaint(error: ErrorDetails) -> str:
         return "is required"
     if error["type"] in {"model_type", "dict_type", "model_attributes_type"}:
         return f"should be a mapping, not {error['input']!r}"
+    if error["type"] in {"tuple_type", "list_type"}:
+        one = error["input"]
+        shown = one if isinstance(one, str) else "..." if isinstance(one, dict) else repr(one)
+        return f"should be a list, such as [{shown}]" + ("" if shown == one else f", not {one!r}")
+    if error["type"] == "invalid_key":
+        return f"keys are words, not {error['input']!r}: put it into quotes if it is meant"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     message = error["msg"].replace("Input should", "should", 1)

@@ -11,6 +11,7 @@ from quickly import (  # noqa: F401  (fixtures)
     _no_measuring_process,
     _one_table_of_operators,
     _seed,
+    _short_timing,
     measuring_memory,
 )
 

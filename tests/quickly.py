@@ -38,6 +38,16 @@ def measuring_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _short_timing() -> Iterator[None]:
+    """Files are timed for a tenth of a second: no test is about how fast one is."""
+    from slimkit.deploy.release import release
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(release.__kwdefaults__, "seconds", 0.1)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _one_table_of_operators() -> Iterator[None]:
     """torch.onnx compiles its hundreds of operators anew for each export, for a second or two."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry

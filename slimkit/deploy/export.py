@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimkit.acceptance import check_module, check_samples, check_single
 from slimkit.batches import as_inputs, finite, first_sample, inputs_of, joined, to_cpu
 from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
@@ -139,6 +140,7 @@ def export(
         ...     tuple(artifact.run(torch.randn(2, 8)).shape)
         (2, 16)
     """
+    check_module(model, "export")
     inputs = to_cpu(as_inputs(example_inputs))
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
     name = backend if isinstance(backend, str) else discover().name_of("backend", target)
@@ -166,8 +168,10 @@ def export(
         raise SlimkitError(
             "example_inputs or data hold NaN or infinity, on which nothing can be compared"
         )
+    check_single(network)
     if broken := sick(network):
         raise ExportError(f"{broken} of the model holds NaN or infinity: it is no model")
+    check_samples(network, together)
     with replacing(folder) as work:
         stage = "int8" if isinstance(own, QuantizedModel) else "compressed"
         rows = release(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimkit.acceptance import check_module, check_samples, check_single
 from slimkit.batches import as_inputs, first_sample, to_cpu
 from slimkit.calls import WEIGHTED, Call, Trace, trace
 from slimkit.copies import copied
@@ -107,6 +108,8 @@ def preflight(
     """
     if isinstance(model, QuantizedModel):
         raise SlimkitError("preflight takes the float model, and makes its int8 itself")
+    check_module(model, "preflight")
+    check_single(model)
     own, inputs, found = copied(model).cpu().eval(), to_cpu(as_inputs(example_inputs)), []
     given = [keep_float] if isinstance(keep_float, str) else [*keep_float]
     options = {
@@ -124,6 +127,7 @@ def preflight(
         raise SlimkitError(
             f"{type(model).__name__} does not run on the example inputs: {in_one_line(error)}"
         ) from error
+    check_samples(own, inputs)
     for name, backend in _named(backends):
         problems, remarks = _asked(own, inputs, backend)
         found.append(Preflight(name, "float", problems, remarks=remarks))

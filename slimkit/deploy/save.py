@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from slimkit.acceptance import check_module
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.folder import check_target, replacing
 from slimkit.errors import ArtifactError
@@ -43,6 +44,7 @@ def save(model: nn.Module, directory: str | Path, *, built_by: str | None = None
         >>> again[0].out_features
         16
     """
+    check_module(model, "save")
     folder = Path(directory)
     if built_by is not None and not is_import_path(built_by):
         raise ArtifactError(f"built_by should look like 'package.module:name', not {built_by!r}")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from slimkit.acceptance import check_module
 from slimkit.batches import as_inputs, finite, inputs_of
 from slimkit.batchnorm import reestimate_
 from slimkit.copies import copied
@@ -297,6 +298,7 @@ def prune(
         >>> small[0].out_features, net[0].out_features
         (16, 32)
     """
+    check_module(model, "prune")
     if granularity != "channel":
         about = {
             "ratios": not ratios,

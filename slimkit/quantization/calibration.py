@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimkit.acceptance import check_module, check_single
 from slimkit.batches import finite, first_sample, inputs_of, samples_of
 from slimkit.calls import trace
 from slimkit.copies import copied
@@ -147,9 +148,16 @@ def quantize(
         >>> small(torch.randn(2, 8)).shape
         torch.Size([2, 4])
     """
+    check_module(model, "quantize")
     if isinstance(model, QuantizedModel):
         raise QuantizationError(
             f"the model is quantized already, for {model.backend}: quantize the float model anew"
+        )
+    check_single(model)
+    if not isinstance(data, Iterable):
+        raise QuantizationError(
+            f"data must give batches to calibrate on (a DataLoader, or a list of tensors), not "
+            f"{type(data).__name__}"
         )
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
     name = backend if isinstance(backend, str) else discover().name_of("backend", target)

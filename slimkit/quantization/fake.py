@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slimkit.calls import trace
+from slimkit.calls import WEIGHTED, Trace, trace
 from slimkit.errors import QuantizationError
+from slimkit.evaluating import evaluating
 from slimkit.interfaces import Grid, Quantizer, Scheme
 from slimkit.quantization.folding import refuse_unfolded
 from slimkit.quantization.mode import SiteMode
@@ -63,7 +64,7 @@ class FakeQuantization(nn.Module):
             self.quantizers[_key(name)] = quantizer
             self._blank[name] = {k: b.clone() for k, b in quantizer.named_buffers()}
         self._begun: set[str] = set()  # learned weight ranges that have seen their weight
-        self.to(next(iter(parameters.values())).device)
+        self.to(next((p.device for p in parameters.values()), torch.device("cpu")))
 
     @classmethod
     def of(
@@ -91,7 +92,20 @@ class FakeQuantization(nn.Module):
         traced = trace(model, example_inputs)
         if scheme.weights.power_of_two:
             refuse_unfolded(model, traced)
-        sites = find_sites(traced, scheme, keep_float)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        apart = {
+            call.name: "its weight is a buffer: make it a parameter, if without gradient"
+            for call in traced.calls
+            if call.op in WEIGHTED and call.weight_path and call.weight_path not in parameters
+        }
+        sites = find_sites(traced, scheme, keep_float, apart)
+        if sites.weights or sites.activations:
+            made = cls(sites, scheme, weights, activations, parameters)
+            masks = _masks(made, traced, model, example_inputs)
+            if not masks:
+                return made
+            reason = "it reads or makes infinity, as masks of attention do"
+            sites = find_sites(traced, scheme, keep_float, apart | dict.fromkeys(masks, reason))
         if not sites.weights and not sites.activations:
             why = [f"{call}: {reason}" for call, reason in list(sites.skipped.items())[:5]]
             wanted = ", ".join(sorted(scheme.operations))
@@ -100,7 +114,6 @@ class FakeQuantization(nn.Module):
                 "operations that the backend computes in integers "
                 + "; ".join([f"({wanted})", *why])
             )
-        parameters = dict(model.named_parameters(remove_duplicate=False))
         return cls(sites, scheme, weights, activations, parameters)
 
     def __getitem__(self, name: str) -> Quantizer:
@@ -224,6 +237,7 @@ class _FakeMode(SiteMode):
         self.fake = fake
         self.rounds = fake.state == "quantize"
         self.follows = fake.follows and model.training
+        self.infinite: set[str] | None = None  # where infinity was met, if that is asked
 
     def round(self, quantizer: str, x: Tensor) -> Tensor:
         if self.rounds:
@@ -232,6 +246,10 @@ class _FakeMode(SiteMode):
                 if self.follows:
                     self.fake[quantizer].observe(x.detach())
                 return self.fake[quantizer](x) if only is None or quantizer in only else x
+        if self.infinite is not None:
+            if x.is_floating_point() and x.isinf().any() and not x.isnan().any():
+                self.infinite.add(quantizer)
+            return x
         if x.numel() and not torch.isfinite(torch.stack(x.detach().aminmax())).all():
             raise QuantizationError(f"at {quantizer} the model gives NaN or infinity in float")
         with blame_for("quantizer", self.fake[quantizer], f"observing {quantizer}"):
@@ -248,6 +266,32 @@ class _FakeMode(SiteMode):
         if self.rounds and (only is None or name in only):
             weight = self.fake.weight(name, weight)
         return weight, bias
+
+
+@torch.no_grad()
+def _masks(
+    fake: FakeQuantization, traced: Trace, model: nn.Module, inputs: tuple[Any, ...]
+) -> set[str]:
+    """The calls that would be rounded and make infinity, and those that read it."""
+    mode = _FakeMode(model, fake)
+    mode.infinite = set()
+    with evaluating(model), mode:
+        model(*inputs)
+    if not mode.infinite:
+        return set()
+    readers = traced.readers()
+    makers = {number: call for call in traced.calls for number in call.outputs}
+    found: set[str] = set()
+    for call in traced.calls:
+        if fake.sites.outputs.get(call.name) in mode.infinite:
+            found.update(r.name for number in call.outputs for r in readers.get(number, []))
+            while call.op in fake.scheme.fuses and call.inputs and call.inputs[0] in makers:
+                call = makers[call.inputs[0]]
+                found.add(call.name)
+            found.add(call.name)
+        elif mode.infinite.intersection(fake.sites.inputs.get(call.name, {}).values()):
+            found.add(call.name)
+    return found
 
 
 class QuantizedModel(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slimkit.calls import WEIGHTED, Call, Trace
@@ -68,7 +68,12 @@ class Sites:
         return None
 
 
-def find_sites(trace: Trace, scheme: Scheme, keep_float: Sequence[str] = ()) -> Sites:
+def find_sites(
+    trace: Trace,
+    scheme: Scheme,
+    keep_float: Sequence[str] = (),
+    apart: Mapping[str, str] | None = None,
+) -> Sites:
     """Place the quantizers that `scheme` asks for on the calls of `trace`.
 
     Args:
@@ -76,6 +81,7 @@ def find_sites(trace: Trace, scheme: Scheme, keep_float: Sequence[str] = ()) -> 
         scheme: the backend's arithmetic.
         keep_float: patterns of modules, with all that is in them, or of call names that stay in
             float.
+        apart: calls that stay in float, and why.
 
     Raises:
         QuantizationError: a pattern is of nothing that is called.
@@ -92,7 +98,7 @@ def find_sites(trace: Trace, scheme: Scheme, keep_float: Sequence[str] = ()) -> 
     for call in trace.calls:
         if call.op not in scheme.operations | scheme.steps:
             continue
-        reason = _obstacle(call, keep_float)
+        reason = _obstacle(call, keep_float) or (apart or {}).get(call.name, "")
         if not reason and not scheme.depthwise and _is_depthwise(call):
             reason = "the backend computes depthwise convolutions in float"
         if not reason and call.name in tail:

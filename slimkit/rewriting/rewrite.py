@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from slimkit.acceptance import check_module
 from slimkit.batches import as_inputs, inputs_of
 from slimkit.copies import copied
 from slimkit.errors import RewritingError
@@ -65,6 +66,7 @@ def rewrite(
         >>> fast[1], fast.slimkit_rewriting.done[0].places
         (Hardswish(), 1)
     """
+    check_module(model, "rewrite")
     inputs = as_inputs(example_inputs)
     own = copied(model)
     with eagerly(own), untouched(model):

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from slimkit.acceptance import check_samples
 from slimkit.batches import first_sample, joined, to_cpu
 from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
@@ -105,13 +106,15 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
     )
     if not evaluator.can:
         module.announce(f"no metric: {evaluator.why_not}; files are compared with the simulation")
+    compared = _inputs(loaders.compared(), module.entry, network)
+    check_samples(network, compared)
     with replacing(aside(directory)) as work:
         rows = release(
             stages,
             backends,
             inputs,
             work / "exports",
-            agreement_inputs=_inputs(loaders.compared(), module.entry, network),
+            agreement_inputs=compared,
             evaluate=evaluator if evaluator.can else None,
             labels=_labels(module),
         )

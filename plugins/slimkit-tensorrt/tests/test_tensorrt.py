@@ -211,3 +211,15 @@ def test_what_the_parser_says_is_passed_on(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", StandIn(parses=False))
     with pytest.raises(ExportError, match=r"parser refuses the file: node 3 \(Sort\): no"):
         engine.build(b"file")
+
+
+def test_layers_that_only_tensorrt_takes_for_integers_count(tmp_path):
+    """What nothing rounds behind a layer, ONNX Runtime computes in float; the file asks for int8."""
+    x = normal(8, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
+    int8 = slimkit.quantize(net, [x], "tensorrt", activations="minmax")
+    artifact = slimkit.export(int8, x, "tensorrt", directory=tmp_path / "int8")
+    assert artifact.row.operators["int8 layers by TensorRT's rules"] == 2
+    assert artifact.row.agreement.sqnr_db[0] > 60
+    plain = slimkit.export(net, x, "tensorrt", directory=tmp_path / "float")
+    assert not [name for name in plain.row.operators if "int8" in name]

@@ -111,11 +111,19 @@ class TensorRT(Backend):
     def operators(self, directory: Path) -> dict[str, int]:
         """Operator types that ONNX Runtime executes; of an engine, that there is one.
 
-        TensorRT names its layers in its own inspector only.
+        TensorRT names its layers in its own inspector only. Where ONNX Runtime computes in float
+        all that the file has for int8, as it does with what nothing rounds behind a layer, the
+        layers that TensorRT takes for integers are counted beside.
         """
         if self._builds():
             return {self._engine_name(directory): 1}
-        return _opened(directory).operators()
+        from slimkit_tensorrt.graph import integer_layers
+
+        executed = _opened(directory).operators()
+        layers = integer_layers(_file(directory))
+        if layers and not any("QLinear" in name or "QGemm" in name for name in executed):
+            executed["int8 layers by TensorRT's rules"] = layers
+        return executed
 
     def profile(self, directory: Path, inputs: tuple[Tensor, ...]) -> dict[str, float]:
         """Times of ONNX Runtime's kernels; of an engine, its time on the GPU as a whole."""

@@ -51,6 +51,20 @@ class Graph:
         return f"{node.op_type} {node.name or node.output[0]}"
 
 
+def integer_layers(file: bytes) -> int:
+    """How many layers read a rounded tensor and an int8 weight: what TensorRT computes in int8."""
+    graph = Graph(onnx.load_from_string(file))
+    layers = (n for n in graph.nodes if n.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"))
+    return sum(all(_rounded(graph, name) for name in node.input[:2]) for node in layers)
+
+
+def _rounded(graph: Graph, tensor: str) -> bool:
+    made = graph.producer(tensor)
+    if made is not None and made.op_type == "Transpose":
+        made = graph.producer(made.input[0])
+    return made is not None and made.op_type == "DequantizeLinear"
+
+
 def float_layers_between_roundings(file: bytes) -> bool:
     """Whether a layer with float weights reads what a DequantizeLinear made."""
     graph = Graph(onnx.load_from_string(file))

@@ -1,0 +1,92 @@
+"""What every function that takes a model asks of it first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkit.batches import samples_in, samples_of
+from slimkit.errors import SlimkitError, in_one_line
+from slimkit.evaluating import evaluating
+from slimkit.interfaces import tensors_of
+
+_NEAR = 0.01  # of an output's largest value: far more than the order of sums makes
+
+
+def check_module(model: object, caller: str) -> None:
+    """Refuse what is no network.
+
+    Raises:
+        SlimkitError: it is something else, such as the class, a state dict or a path.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise SlimkitError(f"{caller} takes a model, not its class: call {model.__name__}(...)")
+    raise SlimkitError(
+        f"{caller} takes an nn.Module, not {type(model).__name__}: build the model and load its "
+        "weights first"
+    )
+
+
+def check_single(model: nn.Module) -> None:
+    """Refuse weights of another floating-point type than float32, which files are made of.
+
+    Raises:
+        SlimkitError: the first such parameter, and the way out.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise SlimkitError(
+                f"{name} of the model is in {kind}: integers and files are made of float32; call "
+                "model.float() first, and give inputs in float32"
+            )
+
+
+def _repeats(model: nn.Module, inputs: tuple[Any, ...], before: Tensor, number: int) -> bool:
+    """Whether the second sample gives the same again: what draws at random is told elsewhere."""
+    with evaluating(model):
+        return torch.equal(tensors_of(model(*samples_of(inputs, 1, 2)))[number], before)
+
+
+@torch.no_grad()
+def check_samples(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Refuse a model that computes something else of a sample alone than of two together.
+
+    Files take one sample, and dimension 0 counts them. Recurrent networks that have time there,
+    and models that compare samples of a batch, would become files of something else.
+
+    Args:
+        model: in float; run in evaluation mode, where `inputs` hold two samples or more.
+        inputs: the forward's arguments.
+
+    Raises:
+        SlimkitError: it does.
+    """
+    if samples_in(inputs) < 2:
+        return
+    try:
+        with evaluating(model):
+            both = tensors_of(model(*samples_of(inputs, 0, 2)))
+            second = tensors_of(model(*samples_of(inputs, 1, 2)))
+    except SlimkitError:
+        raise
+    except Exception as error:  # whatever a model raises
+        raise SlimkitError(
+            f"{type(model).__name__} does not run on one sample and on two of the inputs "
+            f"({in_one_line(error)}): dimension 0 of each must count samples"
+        ) from error
+    for number, (a, b) in enumerate(zip(both, second, strict=False)):
+        if not (a.dim() and a.is_floating_point() and len(a) == 2 and a[1:].shape == b.shape):
+            continue
+        apart, largest = (a[1:] - b).abs(), float(a.abs().max())
+        if float(apart.max()) > 1e-5 + _NEAR * largest and _repeats(model, inputs, b, number):
+            raise SlimkitError(
+                f"{type(model).__name__} computes something else of a sample alone than of two "
+                f"together (output {number}): files take one sample, and dimension 0 of each input "
+                "counts them. Give a model with time in dimension 1 (batch_first=True), or inputs "
+                "of one sample each"
+            )

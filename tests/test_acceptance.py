@@ -1,0 +1,128 @@
+"""What every function that takes a model refuses, before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slimkit
+from slimkit.acceptance import check_samples
+from slimkit.errors import SlimkitError
+
+X = torch.randn(4, 8)
+CALLS = {
+    "prune": lambda model, folder: slimkit.prune(model, X, target={"flops": 0.5}),
+    "quantize": lambda model, folder: slimkit.quantize(model, [X]),
+    "export": lambda model, folder: slimkit.export(model, X, "torch", directory=folder / "a"),
+    "preflight": lambda model, folder: slimkit.preflight(model, X, "torch"),
+    "rewrite": lambda model, folder: slimkit.rewrite(model, X, ["silu-to-hardswish"]),
+    "save": lambda model, folder: slimkit.save(model, folder / "a"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Linear, "takes a model, not its class: call Linear"),
+        ("net.pt", "takes an nn.Module, not str: build the model"),
+        ({"weight": X}, "takes an nn.Module, not dict"),
+        (None, "takes an nn.Module, not NoneType"),
+    ],
+)
+def test_what_is_no_model_is_said(name: str, model: object, said: str, tmp_path: Path) -> None:
+    with pytest.raises(SlimkitError, match=f"{name} {said}"):
+        CALLS[name](model, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["quantize", "export", "preflight"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions_are_said(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(SlimkitError, match=r"weight of the model is in \w+: .* model\.float\(\)"):
+        CALLS[name](nn.Linear(8, 4).to(dtype), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_buffers_may_have_another_precision(tmp_path: Path) -> None:
+    model = nn.Linear(8, 4)
+    model.register_buffer("classes", torch.arange(4, dtype=torch.float64))
+    CALLS["export"](model, tmp_path)
+
+
+@pytest.mark.parametrize("data", [None, 5, nn.Linear(8, 4)])
+def test_calibration_wants_batches(data: object) -> None:
+    with pytest.raises(SlimkitError, match="data must give batches to calibrate on .*, not"):
+        slimkit.quantize(nn.Linear(8, 4), data)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.gru = nn.GRU(8, 8, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(x)[0]
+
+
+class Centred(nn.Module):
+    """Looks at the other samples of a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Pairs(nn.Module):
+    """Gives as many rows as there are pairs of samples, which no file can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, None] * x[None]).flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", ["export", "preflight"])
+@pytest.mark.parametrize("model", [Recurrent(batch_first=False), Centred()])
+def test_a_model_that_mixes_samples_is_refused(name: str, model, tmp_path: Path) -> None:
+    x = torch.randn(5, 3, 8)
+    calls = {
+        "export": lambda: slimkit.export(model, x, "torch", directory=tmp_path / "a"),
+        "preflight": lambda: slimkit.preflight(model, x, "torch"),
+    }
+    with pytest.raises(SlimkitError, match="something else of a sample alone than of two together"):
+        calls[name]()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_time_may_lie_behind_the_samples() -> None:
+    check_samples(Recurrent(batch_first=True), (torch.randn(5, 3, 8),))
+
+
+def test_one_sample_tells_nothing_and_other_outputs_are_no_samples() -> None:
+    check_samples(Recurrent(batch_first=False), (torch.randn(1, 3, 8),))
+    check_samples(Pairs(), (X,))
+
+
+def test_what_draws_at_random_is_no_matter_of_samples() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
+
+    check_samples(Noisy(), (X,))
+
+
+def test_batch_norm_is_looked_at_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+    check_samples(model, (X,))
+    assert model.training
+    assert model[1].num_batches_tracked == 0
+
+
+def test_inputs_that_do_not_go_together_in_twos_are_said() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(4, 2, 4)
+
+    with pytest.raises(SlimkitError, match="dimension 0 of each must count samples"):
+        check_samples(Fixed(), (X,))
