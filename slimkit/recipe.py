@@ -705,7 +705,7 @@ class Recipe(_Node):
     @field_validator("distill", mode="before")
     @classmethod
     def _off(cls, distill: Any) -> Any:
-        return None if distill is False else {} if distill is True else distill
+        return None if distill is False else distill
 
     @field_validator("export")
     @classmethod

@@ -104,7 +104,7 @@ class FakeQuantization(nn.Module):
             masks = _masks(made, traced, model, example_inputs)
             if not masks:
                 return made
-            reason = "it reads or makes infinity, as masks of attention do"
+            reason = "it reads or makes minus infinity, as masks of attention do"
             sites = find_sites(traced, scheme, keep_float, apart | dict.fromkeys(masks, reason))
         if not sites.weights and not sites.activations:
             why = [f"{call}: {reason}" for call, reason in list(sites.skipped.items())[:5]]
@@ -247,7 +247,11 @@ class _FakeMode(SiteMode):
                     self.fake[quantizer].observe(x.detach())
                 return self.fake[quantizer](x) if only is None or quantizer in only else x
         if self.infinite is not None:
-            if x.is_floating_point() and x.isinf().any() and not x.isnan().any():
+            if (
+                x.is_floating_point()
+                and x.isneginf().any()
+                and not (x.isnan() | x.isposinf()).any()
+            ):
                 self.infinite.add(quantizer)
             return x
         if x.numel() and not torch.isfinite(torch.stack(x.detach().aminmax())).all():
@@ -272,7 +276,10 @@ class _FakeMode(SiteMode):
 def _masks(
     fake: FakeQuantization, traced: Trace, model: nn.Module, inputs: tuple[Any, ...]
 ) -> set[str]:
-    """The calls that would be rounded and make infinity, and those that read it."""
+    """The calls that would be rounded and make minus infinity, and those that read it.
+
+    None where a layer with weights reads it: that is no mask but a model that has gone wrong.
+    """
     mode = _FakeMode(model, fake)
     mode.infinite = set()
     with evaluating(model), mode:
@@ -291,7 +298,8 @@ def _masks(
             found.add(call.name)
         elif mode.infinite.intersection(fake.sites.inputs.get(call.name, {}).values()):
             found.add(call.name)
-    return found
+    layers = {call.name for call in traced.calls if call.op in WEIGHTED}
+    return set() if found & layers else found
 
 
 class QuantizedModel(nn.Module):

@@ -214,7 +214,7 @@ def test_what_the_parser_says_is_passed_on(monkeypatch):
 
 
 def test_layers_that_only_tensorrt_takes_for_integers_count(tmp_path):
-    """What nothing rounds behind a layer, ONNX Runtime computes in float; the file asks for int8."""
+    """Where nothing is rounded behind a layer, ONNX Runtime computes it in float."""
     x = normal(8, 3, 8, 8)
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()).eval()
     int8 = slimkit.quantize(net, [x], "tensorrt", activations="minmax")
