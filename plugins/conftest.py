@@ -2,6 +2,7 @@
 
 import os
 
+collect_ignore = ["conftest.py"]  # which tests/ has as well
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
 
 from quickly import (  # noqa: E402, F401  (fixtures)

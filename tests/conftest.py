@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import invalidate_caches
 from pathlib import Path
 
@@ -15,8 +16,43 @@ from quickly import (  # noqa: F401  (fixtures)
     measuring_memory,
 )
 
-collect_ignore = ["broken_plugins"]  # what is imported there fails on purpose
+# what is imported there fails on purpose; there is a second one beside the packages
+collect_ignore = ["broken_plugins", "conftest.py"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
+
+
+@dataclass
+class Done:
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Runs a command line in a folder, without the seconds that a process takes to import torch."""
+    from slimkit.cli.main import main
+
+    def run(folder: Path, *args: str) -> Done:
+        before = set(sys.modules)
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            patch.syspath_prepend(folder)
+            patch.setattr(sys, "argv", ["slimkit", *map(str, args)])
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as exit:
+                main()
+        said = capsys.readouterr()
+        for name in set(sys.modules) - before:  # the folder's own, which may change
+            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+        return Done(exit.value.code or 0, said.out, said.err)
+
+    return run
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,12 @@ def artifacts(tmp_path_factory):
 
 
 @pytest.fixture
-def compare(artifacts):
+def compare(here, artifacts):
+    return partial(here, artifacts, "compare")
+
+
+@pytest.fixture
+def compare_apart(artifacts):
     def run(*args):
         return subprocess.run(
             [sys.executable, "-m", "slimkit", "compare", *args],
@@ -77,8 +83,8 @@ DATA = ("--data", "theirs:batches")
 MODEL = ("--model", "nets:residual_net")
 
 
-def test_agreement_of_each_file_is_printed(compare):
-    done = compare("int8", *DATA, *MODEL)
+def test_agreement_of_each_file_is_printed(compare_apart):
+    done = compare_apart("int8", *DATA, *MODEL)
     assert done.returncode == 0, done.stderr
     header, row = done.stdout.splitlines()
     assert header.split()[:3] == ["runtime", "inputs", "agrees"]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +15,14 @@ NET = ("slimkit.demo.digits:resnet", "--input", "1,1,8,8")
 
 
 @pytest.fixture
-def prune(tmp_path):
+def prune(here, tmp_path):
     """Runs `slimkit prune` in a fresh folder."""
+    return partial(here, tmp_path, "prune")
+
+
+@pytest.fixture
+def prune_apart(tmp_path):
+    """The same in a process of its own."""
 
     def run(*args):
         return subprocess.run(
@@ -28,9 +35,9 @@ def prune(tmp_path):
     return run
 
 
-def test_the_small_model_is_saved_and_loads_by_the_function_s_path(prune, tmp_path):
+def test_the_small_model_is_saved_and_loads_by_the_function_s_path(prune_apart, tmp_path):
     torch.save(resnet().state_dict(), tmp_path / "dense.pt")
-    done = prune(*NET, "--weights", "dense.pt", "-o", "small", "--target", "flops=0.4")
+    done = prune_apart(*NET, "--weights", "dense.pt", "-o", "small", "--target", "flops=0.4")
     assert done.returncode == 0, done.stderr
     assert "saved to small: slimkit.load('small') gives it back" in done.stdout
     small = slimkit.load(tmp_path / "small")

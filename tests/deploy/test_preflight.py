@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -225,12 +223,11 @@ export: [onnxruntime, ncnn]
 """
 
 
-def test_a_recipe_that_rewrites_is_asked_about_what_comes_out(tmp_path: Path) -> None:
+def test_a_recipe_that_rewrites_is_asked_about_what_comes_out(here, tmp_path: Path) -> None:
     (tmp_path / "project_of_targets.py").write_text(PROJECT.replace("nn.Conv2d(8, 8, 1)", SILU))
     recipe = RECIPE.format(model="net") + "rewrite: [silu-to-hardswish]\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
-    command = [sys.executable, "-m", "slimkit", "check", "recipe.yaml", "--targets", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = here(tmp_path, "check", "recipe.yaml", "--targets", "--json")
     assert done.returncode == 0, done.stderr
     lines = [line for found in json.loads(done.stdout)["targets"] for line in found["in_float"]]
     assert not any(line.startswith("silu,") for line in lines)
@@ -238,12 +235,11 @@ def test_a_recipe_that_rewrites_is_asked_about_what_comes_out(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("model", "code"), [("net", 0), ("Fourier", 2)])
 def test_the_command_asks_every_backend_and_trains_nothing(
-    model: str, code: int, tmp_path: Path
+    model: str, code: int, here, tmp_path: Path
 ) -> None:
     (tmp_path / "project_of_targets.py").write_text(PROJECT)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=model))
-    command = [sys.executable, "-m", "slimkit", "check", "recipe.yaml", "--targets", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = here(tmp_path, "check", "recipe.yaml", "--targets", "--json")
     assert done.returncode == code, done.stderr
     found = json.loads(done.stdout)["targets"]
     assert [(f["backend"], f["kind"]) for f in found] == [

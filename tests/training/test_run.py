@@ -9,15 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from little_project import MODULE
-
-from slimkit.cli.main import main
 
 VARIANTS = """
 import signal
@@ -79,33 +76,24 @@ RECIPE = {
     "task": "classification",
     "prune": {"criterion": "l1", "target": {"flops": 0.5}, "batchnorm_batches": 4},
     "quantize": {"train_from": 0.7},
-    "export": ["onnxruntime"],
+    "export": ["torch"],
     "trainer": {"max_epochs": 2, "accelerator": "cpu"},
 }
 
 
-@dataclass
-class Done:
-    """What a command left."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch, capsys):
+def project(tmp_path: Path, here):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a process of its own, to the last bit
-    yield Project(tmp_path, monkeypatch, capsys)
+    yield Project(tmp_path, here)
     torch.set_num_threads(threads)
 
 
 class Project:
     """A user's folder with a module and a recipe in it."""
 
-    def __init__(self, folder: Path, monkeypatch, capsys) -> None:
-        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+    def __init__(self, folder: Path, here) -> None:
+        self.folder, self._here = folder, here
         (folder / "mine.py").write_text(MODULE + VARIANTS)
 
     def write(self, **changes) -> None:
@@ -125,18 +113,9 @@ class Project:
             timeout=120,
         )
 
-    def here(self, *args: str) -> Done:
+    def here(self, *args: str):
         """The same without the seconds that a new process takes to import torch."""
-        with self.monkeypatch.context() as patch:
-            patch.chdir(self.folder)
-            patch.syspath_prepend(self.folder)
-            patch.setattr(sys, "argv", ["slimkit", *self.command(*args)[3:]])
-            sys.modules.pop("mine", None)
-            self.capsys.readouterr()
-            with pytest.raises(SystemExit) as exit:
-                main()
-        said = self.capsys.readouterr()
-        return Done(exit.value.code or 0, said.out, said.err)
+        return self._here(self.folder, *self.command(*args)[3:])
 
     def manifest(self, name: str = "small") -> dict:
         return json.loads((self.folder / name / "slimkit.json").read_text())
@@ -147,7 +126,7 @@ class Project:
 
 
 def test_a_run_trains_exports_and_measures(project: Project) -> None:
-    project.write()
+    project.write(export=["onnxruntime"])
     done = project.run("--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -191,7 +170,7 @@ def test_no_epochs_zero_weights_at_once(project: Project, criterion: str) -> Non
 
 def test_no_epochs_prune_by_ratios_alone(project: Project) -> None:
     prune = {"ratios": {"0": 0.25}, "ranking": "isomorphic", "max_ratio": [0.2, 0.6]}
-    project.write(prune=prune, quantize=None, trainer={"max_epochs": 0, "accelerator": "cpu"})
+    project.write(prune=prune, quantize=None, trainer=AT_ONCE, export=["onnxruntime"])
     done = project.here()
     assert done.returncode == 0, done.stderr
     groups = project.manifest()["pruning"]["groups"]
@@ -246,7 +225,7 @@ def test_a_killed_run_goes_on_with_the_same_command(project: Project, changes) -
     assert process.returncode == -signal.SIGKILL
     assert checkpoint.exists()
     assert not (project.folder / "small").exists()
-    done = project.run()
+    done = project.here()
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
     assert "epoch 1/4" not in done.stderr
@@ -275,7 +254,7 @@ def test_a_run_killed_while_ranges_are_learned_goes_on(project: Project) -> None
     assert said
     assert process.returncode == -signal.SIGKILL
     assert not (project.folder / "small").exists()
-    done = project.run()
+    done = project.here()
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
     assert "epoch 2/4" not in done.stderr
@@ -408,7 +387,7 @@ def test_a_run_that_is_stopped_says_so_and_goes_on(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not (project.folder / "small").exists()
-    done = project.run()
+    done = project.here()
     assert done.returncode == 0, done.stderr
     assert f"going on from {Path('small.work/pretrain.ckpt')}" in done.stderr
     assert "epoch 1/3" not in done.stderr
