@@ -13,8 +13,8 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from slimkit.batches import LABELS, beside, inputs_of
-from slimkit.errors import SlimkitError
+from slimkit.batches import LABELS, beside, first_sample, inputs_of
+from slimkit.errors import SlimkitError, in_one_line
 from slimkit.evaluating import evaluating, replaced
 from slimkit.training.classification import Classification, network_of
 from slimkit.training.logged import logged
@@ -96,6 +96,25 @@ class Entry:
                 f"in them ({type(error).__name__}: {error}): say which part is compressed, "
                 f"{_parts_of(self.inner)}, and let training_step or validation_step call it"
             ) from error
+
+    def sample(self, batch: Any) -> tuple[Any, ...]:
+        """The network's arguments for the first sample of a batch, on which it was run once.
+
+        Raises:
+            SlimkitError: it does not run on them.
+        """
+        inputs = first_sample(self(batch))
+        try:
+            with isolate_rng(), evaluating(self.network), torch.no_grad():
+                self.network(*inputs)
+        except Exception as error:  # whatever a model raises
+            raise SlimkitError(
+                f"{type(self.network).__name__} does not run on the first sample of a batch alone "
+                f"({in_one_line(error)}): files take tensors whose dimension 0 counts samples. If "
+                "it takes something else, such as a list of images, say which part is compressed, "
+                f"{_parts_of(self.inner)}"
+            ) from error
+        return inputs
 
     def each(self, batches: Iterable[Any]) -> Iterator[tuple[tuple[Any, ...]]]:
         """The batches with nothing but the network's inputs in them."""
@@ -193,7 +212,8 @@ def positional(
     if named:
         raise SlimkitError(
             f"{type(network).__name__} is called with {', '.join(named)} by name, which its "
-            "forward takes in no other way: a device's file takes inputs in order"
+            "forward takes in no other way: a device's file takes inputs in order; name a part of "
+            "it that takes tensors in order with 'network:' in the recipe"
         )
     last = max((places.index(n) for n in given if n in places), default=-1)
     taken = tuple(given.get(n, wanted[n].default) for n in places[: last + 1])

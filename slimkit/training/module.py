@@ -29,7 +29,7 @@ from slimkit.rewriting.report import RewritingReport
 from slimkit.rewriting.rewrite import Evaluate, rewrite_
 from slimkit.training.averages import averages_of
 from slimkit.training.catching import Catch
-from slimkit.training.classification import Classification
+from slimkit.training.classification import Classification, network_of
 from slimkit.training.copies import own_copy
 from slimkit.training.distillation import Distillation
 from slimkit.training.entering import Entry, overrides
@@ -46,7 +46,13 @@ from slimkit.training.twins import cut_twin_
 if TYPE_CHECKING:
     from slimkit.training.deployment import Release
 
-_OWN = {"setup", "configure_optimizers", "on_save_checkpoint", "on_load_checkpoint"}
+_OWN = {
+    "configure_model",
+    "setup",
+    "configure_optimizers",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+}
 
 
 @dataclass
@@ -106,6 +112,9 @@ class SlimModule(pl.LightningModule):
         self.announce: Callable[[str], None] = _announce
         self._compiled = compiled_parts(module)
         own = own_copy(module)
+        self._built = isinstance(own, pl.LightningModule) and next(own.parameters(), None) is None
+        if self._built:
+            own.configure_model()  # type: ignore[operator]  # builds what training begins with
         self.inner: pl.LightningModule
         if isinstance(own, pl.LightningModule):
             self.inner = own
@@ -198,6 +207,23 @@ class SlimModule(pl.LightningModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's forward, with fake-quantizers once they are there."""
         return self._simulated(self.inner.forward)(*args, **kwargs)
+
+    def configure_model(self) -> None:
+        """Ask the wrapped module for what it builds late, unless it was built to be wrapped.
+
+        Raises:
+            SlimkitError: it makes another network than the one that was wrapped.
+        """
+        if self._built:
+            return
+        before = list(self.network.parameters())
+        self.inner.configure_model()
+        now = network_of(self.inner, self.recipe.network)
+        if now is not self.network or list(map(id, now.parameters())) != list(map(id, before)):
+            raise SlimkitError(
+                f"configure_model of {type(self.inner).__name__} builds another network than the "
+                "one that SlimModule was given: let it do nothing where there is one"
+            )
 
     def configure_callbacks(self) -> Any:
         """The callbacks of the recipe's timeline, after the wrapped module's own."""
@@ -386,7 +412,7 @@ class SlimModule(pl.LightningModule):
         inner = self.inner
         names = {n for hooks in (ModelHooks, DataHooks, CheckpointHooks) for n in vars(hooks)}
         names |= {"configure_gradient_clipping", "optimizer_step", "lr_scheduler_step", "backward"}
-        names |= {"optimizer_zero_grad", "transfer_batch_to_device", "configure_model"}
+        names |= {"optimizer_zero_grad", "transfer_batch_to_device"}
         for name in sorted(names - _OWN):
             theirs = getattr(type(inner), name, None)
             if name.startswith("_") or theirs is getattr(pl.LightningModule, name, None):

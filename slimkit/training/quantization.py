@@ -10,7 +10,6 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimkit.batches import first_sample
 from slimkit.copies import copied
 from slimkit.deploy.agreement import compare
 from slimkit.errors import QuantizationError, SlimkitError
@@ -88,7 +87,7 @@ class QuantizationCallback(pl.Callback):
             return
         module, state = self.module, self.module.state
         if module.fake is None:
-            inputs = first_sample(module.entry(batch))
+            inputs = module.entry.sample(batch)
             state.example_inputs = inputs
             module.fake = FakeQuantization.of(
                 module.network,
