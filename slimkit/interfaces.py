@@ -322,6 +322,11 @@ class Backend(ABC):
     options of the constructor. The float file is compiled and measured with each as well, so that
     the report can say where one of them beats int8."""
 
+    least_db: ClassVar[float] = 40.0
+    """Signal to difference on the example, in decibels, below which a float file is refused: it
+    computes something else than the model. Files in float32 keep over 100: say 60 there. Runtimes
+    that keep 8 bits of each number want less."""
+
     def check(self, deployable: Deployable) -> list[str]:  # noqa: ARG002  (the default knows none)
         """What stands in the way, one sentence each; empty if `compile` will work."""
         return []

@@ -22,11 +22,12 @@ from slimkit.quantization.exact import exact
 from slimkit.quantization.finished import finish
 from slimkit.registry import blame_for
 
-LEAST_DB = {False: 20.0, True: 10.0}
-"""Signal to difference below which a file in float, or in int8, is of another model."""
-_MISREAD = (
-    "it has misread an operation. Replace what is unusual, such as options of a pooling, a padding "
-    "or an interpolation, or cut it off and compute it outside"
+LEAST_INT8_DB = 10.0
+"""Signal to difference below which a file in int8 is of another model."""
+MISREAD = "it has misread an operation"
+_WAY_OUT = (
+    "Replace what is unusual, such as options of a pooling, a padding or an interpolation, or cut "
+    "it off and compute it outside"
 )
 
 
@@ -117,27 +118,29 @@ def compile_(
             raise ExportError(f"{type(backend).__name__} wrote no file into {directory}")
         deployed = open_(backend, directory, deployable)
         if compared and not deployable.quantized:
-            refuse_other(type(backend).__name__, deployable, deployed.runner)
+            refuse_other(backend, deployable, deployed.runner)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
     return deployable, deployed
 
 
-def refuse_other(name: str, deployable: Deployable, runner: Runner) -> None:
+def refuse_other(backend: Backend, deployable: Deployable, runner: Runner) -> None:
     """Refuse a file that computes something else than what it was made from.
 
-    Converters that misread an operation say nothing of it. The bound is far below what rounding,
-    bfloat16 among it, costs, and what differs by a thousandth of the largest value is let through.
+    Converters that misread an operation say nothing of it. In float, the bound is the backend's
+    (`Backend.least_db`); what differs by a hundred-thousandth of the largest value is let through.
 
     Args:
-        name: of the backend.
+        backend: made the file.
         deployable: what the file was made from; both run on its example.
         runner: the opened file.
 
     Raises:
         ExportError: the outputs are others.
     """
+    name, exact = type(backend).__name__, not deployable.quantized
+    least = backend.least_db if exact else LEAST_INT8_DB
     leaves = [t for t in tree_leaves(deployable.example_inputs) if isinstance(t, Tensor)]
     found = [t.detach().cpu() for t in runner(*(t.detach().cpu().contiguous() for t in leaves))]
     module = deployable.program.module(check_guards=False)
@@ -147,19 +150,19 @@ def refuse_other(name: str, deployable: Deployable, runner: Runner) -> None:
     if shapes[0] != shapes[1]:
         raise ExportError(
             f"the file of {name} gives outputs of shapes {shapes[1]}, and the model {shapes[0]}: "
-            f"{_MISREAD}"
+            f"{MISREAD}. {_WAY_OUT}"
         )
     for number, (a, b) in enumerate(zip(expected, found, strict=True)):
         difference, signal = differences(a, b)
         finite = a[a.isfinite()].double()
         largest = float(finite.abs().max()) if finite.numel() else 0.0
-        if not a.numel() or float(difference.max()) <= 1e-5 + 1e-3 * largest:
+        if not a.numel() or float(difference.max()) <= 1e-5 + (1e-5 if exact else 1e-3) * largest:
             continue
         ratio = decibels(signal, float(difference.square().sum()))
-        if ratio < LEAST_DB[deployable.quantized]:
+        if ratio < least:
             raise ExportError(
                 f"the file of {name} computes something else than the model: its output {number} "
-                f"has {ratio:.0f} dB of signal to difference on the example; {_MISREAD}"
+                f"has {ratio:.0f} dB of signal to difference on the example; {MISREAD}. {_WAY_OUT}"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +15,7 @@ from slimkit.acceptance import check_module, check_samples, check_single
 from slimkit.batches import as_inputs, first_sample, to_cpu
 from slimkit.calls import WEIGHTED, Call, Trace, trace
 from slimkit.copies import copied
-from slimkit.deploy.deployed import refuse_other
+from slimkit.deploy.deployed import MISREAD, refuse_other
 from slimkit.errors import SlimkitError, in_one_line
 from slimkit.interfaces import Backend, Scheme
 from slimkit.quantization.calibration import quantize
@@ -132,7 +132,10 @@ def preflight(
         problems, remarks = _asked(own, inputs, backend)
         found.append(Preflight(name, "float", problems, remarks=remarks))
         if quantized:
-            found.append(_integers(own, inputs, name, backend, options))
+            integers = _integers(own, inputs, name, backend, options)
+            misread = tuple(problem for problem in problems if MISREAD in problem)
+            # which int8 hides, since its own roundings may make as much of a difference
+            found.append(replace(integers, problems=integers.problems or misread))
     return found
 
 
@@ -171,7 +174,7 @@ def _asked(
             TemporaryDirectory(prefix="slimkit-") as name,
         ):
             backend.compile(deployable, Path(name))
-            refuse_other(type(backend).__name__, deployable, backend.load(Path(name)))
+            refuse_other(backend, deployable, backend.load(Path(name)))
     except SlimkitError as error:
         return (str(error),), remarks
     return (), remarks

@@ -62,6 +62,7 @@ class Remote(Backend):
         # facts of the class elsewhere, here of what it stands on
         self.scheme = self._local.scheme  # type: ignore[misc]
         self.channel_multiple = self._local.channel_multiple  # type: ignore[misc]
+        self.least_db = self._local.least_db  # type: ignore[misc]
         self._threads: int | None = None
         self._bits: int | None = None
         self._asked_bits = False
