@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkit.batches import samples_in, samples_of
+from slimkit.batches import fresh, samples_in, samples_of
 from slimkit.errors import SlimkitError, in_one_line
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import tensors_of
@@ -49,7 +49,8 @@ def check_single(model: nn.Module) -> None:
 def _repeats(model: nn.Module, inputs: tuple[Any, ...], before: Tensor, number: int) -> bool:
     """Whether the second sample gives the same again: what draws at random is told elsewhere."""
     with evaluating(model):
-        return torch.equal(tensors_of(model(*samples_of(inputs, 1, 2)))[number], before)
+        again = tensors_of(model(*fresh(samples_of(inputs, 1, 2))))[number]
+    return torch.equal(again, before)
 
 
 @torch.no_grad()
@@ -70,8 +71,8 @@ def check_samples(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         return
     try:
         with evaluating(model):
-            both = tensors_of(model(*samples_of(inputs, 0, 2)))
-            second = tensors_of(model(*samples_of(inputs, 1, 2)))
+            both = tensors_of(model(*fresh(samples_of(inputs, 0, 2))))
+            second = tensors_of(model(*fresh(samples_of(inputs, 1, 2))))
     except SlimkitError:
         raise
     except Exception as error:  # whatever a model raises
@@ -80,7 +81,8 @@ def check_samples(model: nn.Module, inputs: tuple[Any, ...]) -> None:
             f"({in_one_line(error)}): dimension 0 of each must count samples"
         ) from error
     for number, (a, b) in enumerate(zip(both, second, strict=False)):
-        if not (a.dim() and a.is_floating_point() and len(a) == 2 and a[1:].shape == b.shape):
+        floats = a.dim() and a.is_floating_point() and b.numel()
+        if not (floats and len(a) == 2 and a[1:].shape == b.shape):
             continue
         apart, largest = (a[1:] - b).abs(), float(a.abs().max())
         if float(apart.max()) > 1e-5 + _NEAR * largest and _repeats(model, inputs, b, number):

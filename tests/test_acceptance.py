@@ -119,6 +119,30 @@ def test_batch_norm_is_looked_at_in_evaluation_mode() -> None:
     assert model[1].num_batches_tracked == 0
 
 
+def test_a_forward_may_write_into_its_inputs(tmp_path: Path) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.sub_(1.0).clamp_(0.0))
+
+    x = X.clone()
+    check_samples(Shifted(), (x,))
+    assert torch.equal(x, X)
+    slimkit.preflight(Shifted(), x, "torch", quantized=False)
+    assert torch.equal(x, X)
+
+
+def test_outputs_may_be_empty() -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, None, :0]
+
+    check_samples(Nothing(), (X,))
+
+
 def test_inputs_that_do_not_go_together_in_twos_are_said() -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

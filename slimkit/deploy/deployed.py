@@ -22,8 +22,9 @@ from slimkit.quantization.exact import exact
 from slimkit.quantization.finished import finish
 from slimkit.registry import blame_for
 
-LEAST_INT8_DB = 10.0
-"""Signal to difference below which a file in int8 is of another model."""
+LEAST_INT8_DB, LEAST_CHOICE_DB = 10.0, 20.0
+"""Signal to difference below which a file in int8, and an output of whole numbers, whose ties fall
+either way, is of another model."""
 MISREAD = "it has misread an operation"
 _WAY_OUT = (
     "Replace what is unusual, such as options of a pooling, a padding or an interpolation, or cut "
@@ -159,7 +160,7 @@ def refuse_other(backend: Backend, deployable: Deployable, runner: Runner) -> No
         if not a.numel() or float(difference.max()) <= 1e-5 + (1e-5 if exact else 1e-3) * largest:
             continue
         ratio = decibels(signal, float(difference.square().sum()))
-        if ratio < least:
+        if ratio < (least if a.is_floating_point() else min(least, LEAST_CHOICE_DB)):
             raise ExportError(
                 f"the file of {name} computes something else than the model: its output {number} "
                 f"has {ratio:.0f} dB of signal to difference on the example; {MISREAD}. {_WAY_OUT}"

@@ -154,17 +154,19 @@ def quantize(
             f"the model is quantized already, for {model.backend}: quantize the float model anew"
         )
     check_single(model)
-    if not isinstance(data, Iterable):
+    try:
+        batches_of = iter(data)
+    except TypeError as error:
         raise QuantizationError(
             f"data must give batches to calibrate on (a DataLoader, or a list of tensors), not "
             f"{type(data).__name__}"
-        )
+        ) from error
     target = discover().create("backend", backend) if isinstance(backend, str) else backend
     name = backend if isinstance(backend, str) else discover().name_of("backend", target)
     given = [keep_float] if isinstance(keep_float, str) else list(keep_float)
     patterns = [pattern for pattern in given if pattern != AUTO]
     own = copied(model)
-    stream = islice(iter(data), batches)  # not a list: a thousand images may not fit
+    stream = islice(batches_of, batches)  # not a list: a thousand images may not fit
     first = next(stream, None)
     if first is None:
         raise QuantizationError("the calibration data is empty: it gave no batch")
@@ -181,6 +183,7 @@ def quantize(
             maker(weights),
             maker(activations),
             patterns,
+            inputs,
         )
     seen: list[tuple[Any, ...]] = []
     whole = chain([first], stream)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from slimkit.batches import fresh
 from slimkit.calls import WEIGHTED, Trace, trace
 from slimkit.errors import QuantizationError
 from slimkit.evaluating import evaluating
@@ -75,6 +76,7 @@ class FakeQuantization(nn.Module):
         weights: Maker,
         activations: Maker,
         keep_float: Sequence[str] = (),
+        more_inputs: tuple[Any, ...] | None = None,
     ) -> FakeQuantization:
         """Trace `model` once on `example_inputs` and place the quantizers that `scheme` asks for.
 
@@ -85,6 +87,7 @@ class FakeQuantization(nn.Module):
             weights: makes a quantizer for a weight's grid.
             activations: makes a quantizer for an activation's grid.
             keep_float: patterns of modules or calls that stay in float.
+            more_inputs: a batch to look for masks of minus infinity on; left out, the example.
 
         Raises:
             QuantizationError: the backend could compute nothing of this model in integers.
@@ -101,7 +104,7 @@ class FakeQuantization(nn.Module):
         sites = find_sites(traced, scheme, keep_float, apart)
         if sites.weights or sites.activations:
             made = cls(sites, scheme, weights, activations, parameters)
-            masks = _masks(made, traced, model, example_inputs)
+            masks = _masks(made, traced, model, more_inputs or example_inputs)
             if not masks:
                 return made
             reason = "it reads or makes minus infinity, as masks of attention do"
@@ -255,7 +258,10 @@ class _FakeMode(SiteMode):
                 self.infinite.add(quantizer)
             return x
         if x.numel() and not torch.isfinite(torch.stack(x.detach().aminmax())).all():
-            raise QuantizationError(f"at {quantizer} the model gives NaN or infinity in float")
+            raise QuantizationError(
+                f"at {quantizer} the model gives NaN or infinity in float; where that is meant, "
+                "leave what makes it and what reads it in float (keep_float)"
+            )
         with blame_for("quantizer", self.fake[quantizer], f"observing {quantizer}"):
             self.fake[quantizer].observe(x.detach())
         return x
@@ -283,7 +289,7 @@ def _masks(
     mode = _FakeMode(model, fake)
     mode.infinite = set()
     with evaluating(model), mode:
-        model(*inputs)
+        model(*fresh(inputs))
     if not mode.infinite:
         return set()
     readers = traced.readers()

@@ -300,6 +300,11 @@ def _quantized(
             fake = copied(trained).cpu()
             result[name] = QuantizedModel(network, fake, name, (weights, activations)).eval()
             continue
+        if trained is not None and name == module.recipe.export[0].name:
+            module.announce(
+                f"{name}: trained with weights of {trained.scheme.weights.bits} bits; ranges are "
+                f"found anew for those of {scheme.weights.bits} that sum rightly here"
+            )
         made = quantize(
             network,
             list(islice(module.entry.each(loaders.calibration()), section.calibration_batches)),

@@ -13,7 +13,8 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from slimkit.batches import LABELS, beside, first_sample, inputs_of
+from slimkit.acceptance import check_samples
+from slimkit.batches import LABELS, beside, first_sample, fresh, inputs_of
 from slimkit.errors import SlimkitError, in_one_line
 from slimkit.evaluating import evaluating, replaced
 from slimkit.training.classification import Classification, network_of
@@ -101,12 +102,16 @@ class Entry:
         """The network's arguments for the first sample of a batch, on which it was run once.
 
         Raises:
-            SlimkitError: it does not run on them.
+            SlimkitError: it does not run on them, or computes something else of two samples.
         """
-        inputs = first_sample(self(batch))
+        several = self(batch)
+        inputs = first_sample(several)
         try:
             with isolate_rng(), evaluating(self.network), torch.no_grad():
-                self.network(*inputs)
+                self.network(*fresh(inputs))
+                check_samples(self.network, several)
+        except SlimkitError:
+            raise
         except Exception as error:  # whatever a model raises
             raise SlimkitError(
                 f"{type(self.network).__name__} does not run on the first sample of a batch alone "

@@ -130,7 +130,8 @@ def _explained(last: Path) -> Iterator[None]:
 def _by_lightning() -> Iterator[None]:
     """Leave SIGTERM to Lightning, which ends a training between two batches, on all ranks."""
     before = signal.getsignal(signal.SIGTERM)
-    ours = callable(before) and threading.current_thread() is threading.main_thread()
+    ours = getattr(before, "__module__", None) == "slimkit.cli.main"
+    ours = ours and threading.current_thread() is threading.main_thread()
     if ours:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,16 @@ class Progress:
     twins: list[tuple[str, str]] = field(default_factory=list)
 
 
+def _comes_late(module: nn.Module, path: str | None) -> bool:
+    """Whether a LightningModule has no network before its `configure_model`."""
+    if not isinstance(module, pl.LightningModule) or not overrides(module, "configure_model"):
+        return False
+    try:
+        return next(network_of(module, path).parameters(), None) is None
+    except SlimkitError:  # there is no such part yet
+        return True
+
+
 class SlimModule(pl.LightningModule):
     """Wraps a module so that fitting it prunes, distils and quantizes it as a recipe says.
 
@@ -112,7 +122,7 @@ class SlimModule(pl.LightningModule):
         self.announce: Callable[[str], None] = _announce
         self._compiled = compiled_parts(module)
         own = own_copy(module)
-        self._built = isinstance(own, pl.LightningModule) and next(own.parameters(), None) is None
+        self._built = _comes_late(own, self.recipe.network)
         if self._built:
             own.configure_model()  # type: ignore[operator]  # builds what training begins with
         self.inner: pl.LightningModule
@@ -222,7 +232,8 @@ class SlimModule(pl.LightningModule):
         if now is not self.network or list(map(id, now.parameters())) != list(map(id, before)):
             raise SlimkitError(
                 f"configure_model of {type(self.inner).__name__} builds another network than the "
-                "one that SlimModule was given: let it do nothing where there is one"
+                "one that SlimModule was given: let it do nothing where there is one, or build the "
+                "network in __init__"
             )
 
     def configure_callbacks(self) -> Any:
@@ -276,7 +287,11 @@ class SlimModule(pl.LightningModule):
             "report": None if report is None else dict(vars(report)),
             "fake": None
             if self.fake is None
-            else {"sites": dict(vars(self.fake.sites)), "state": self.fake.state},
+            else {
+                "sites": dict(vars(self.fake.sites)),
+                "state": self.fake.state,
+                "weight_bits": self.fake.scheme.weights.bits,
+            },
             "distillation": [distillation.state() for distillation in self.distillation],
         }
 
@@ -307,9 +322,12 @@ class SlimModule(pl.LightningModule):
             distillation.load(state)
         quantize = self.recipe.quantize
         if saved["fake"] is not None and quantize is not None:
+            scheme = scheme_of(self.recipe.export[0], quantize)
+            bits = saved["fake"].get("weight_bits", scheme.weights.bits)  # the processor may decide
+            scheme = replace(scheme, weights=replace(scheme.weights, bits=bits))
             self.fake = FakeQuantization(
                 Sites(**saved["fake"]["sites"]),
-                scheme_of(self.recipe.export[0], quantize),
+                scheme,
                 maker(quantize.weights.model_dump()),
                 maker(quantize.activations.model_dump()),
                 dict(self.network.named_parameters(remove_duplicate=False)),

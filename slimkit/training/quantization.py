@@ -87,7 +87,7 @@ class QuantizationCallback(pl.Callback):
             return
         module, state = self.module, self.module.state
         if module.fake is None:
-            inputs = module.entry.sample(batch)
+            inputs, whole = module.entry.sample(batch), module.entry(batch)
             state.example_inputs = inputs
             module.fake = FakeQuantization.of(
                 module.network,
@@ -96,6 +96,7 @@ class QuantizationCallback(pl.Callback):
                 maker(self.recipe.weights.model_dump()),
                 maker(self.recipe.activations.model_dump()),
                 self.recipe.keep_float,
+                whole,
             )
             module.fake.state = "observe"
             state.observed = 0

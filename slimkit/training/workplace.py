@@ -48,8 +48,8 @@ def alone(work: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (work / _LOCK).unlink(missing_ok=True)  # whoever has opened it by now tries again
         with suppress(OSError):
+            (work / _LOCK).unlink(missing_ok=True)  # whoever has opened it by now tries again
             work.rmdir()  # where nothing was begun
         lock.release()
 
@@ -102,10 +102,11 @@ def _set_aside(work: Path, say: Say) -> None:
         _empty(work)
         return
     old = work.with_name(f"{work.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    old.mkdir()
-    for entry in _entries(work):
-        entry.rename(old / entry.name)
+    if (old / _KEY).exists():  # goes last, so that a move that was killed goes on
+        shutil.rmtree(old)
+    old.mkdir(exist_ok=True)
+    for entry in sorted(_entries(work), key=lambda entry: entry.name == _KEY):
+        shutil.move(entry, old / entry.name)
     say(
         f"starting over: the unfinished run in {work} was of a recipe that trains otherwise; what "
         f"it had trained is kept in {old}"

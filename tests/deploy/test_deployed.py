@@ -6,7 +6,38 @@ from nets import normal
 from torch import nn
 
 import slimkit
+from slimkit.builtin.backends.onnxruntime import OnnxRuntime
+from slimkit.deploy.deployed import refuse_other
 from slimkit.errors import ExportError
+from slimkit.quantization.finished import finish
+
+
+class Map(nn.Module):
+    """The most likely of ten classes, of each pixel, and how likely it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 10, 1)
+
+    def forward(self, x):
+        scores = self.layer(x)
+        return scores.argmax(1), scores.amax(1)
+
+
+def test_a_tie_that_falls_the_other_way_is_no_other_model():
+    torch.manual_seed(0)
+    deployable = finish(Map().eval(), (normal(1, 3, 64, 64),))
+    module = deployable.program.module(check_guards=False)
+    with torch.no_grad():
+        classes, scores = module(*deployable.example_inputs)
+    flipped, worse = classes.clone(), scores * 1.01
+    flipped[0, 5, 5] = 9 - flipped[0, 5, 5]
+    refuse_other(OnnxRuntime(), deployable, lambda *_: [flipped, scores])
+    with pytest.raises(ExportError, match="its output 0 has"):
+        refuse_other(OnnxRuntime(), deployable, lambda *_: [classes.flip(1), scores])
+    with pytest.raises(ExportError, match="its output 1 has 40 dB"):
+        refuse_other(OnnxRuntime(), deployable, lambda *_: [classes, worse])
+
 
 BACKENDS = ("torch", "onnxruntime", "ncnn")
 

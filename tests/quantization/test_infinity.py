@@ -51,6 +51,22 @@ def test_a_causal_mask_stays_in_float_and_the_layers_do_not(how: str, tmp_path: 
     assert sqnr(int8(X).detach(), artifact.run(X)) > 60
 
 
+class Padded(Causal):
+    """Positions behind the length of each sample are not read; the first sample has all."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(1, 2) / 4
+        padding = torch.arange(6)[None] >= lengths[:, None]
+        return scores.masked_fill(padding[:, None], -torch.inf).softmax(-1) @ self.v(x)
+
+
+def test_a_mask_that_only_later_samples_have_is_found() -> None:
+    lengths = torch.tensor([6, 5, 4, 3, 2, 6, 6, 1])
+    int8 = slimkit.quantize(Padded("pad").eval(), [((X, lengths),)], activations="minmax")
+    assert any("minus infinity" in why for why in int8.fake.sites.skipped.values())
+    assert int8(X, lengths).isfinite().all()
+
+
 def test_the_ranges_are_of_the_calibration_only() -> None:
     """Looking for infinity observes nothing: a range is that of the given batch."""
     net = nn.Sequential(nn.Linear(16, 4)).eval()

@@ -22,6 +22,7 @@ from torch.optim import lr_scheduler
 
 import slimkit
 from slimkit import SlimModule
+from slimkit.builtin.backends.onnxruntime import OnnxRuntime
 from slimkit.errors import QuantizationError, RecipeError, SlimkitError
 from slimkit.interfaces import Scheme
 from slimkit.quantization.fake import QuantizedModel
@@ -229,6 +230,21 @@ def test_a_resumed_run_with_learned_ranges_ends_bit_equal(
     assert list(resumed.state_dict()) == list(expected)
     different = [k for k, v in resumed.state_dict().items() if not torch.equal(v, expected[k])]
     assert different == []
+
+
+def test_a_resumed_run_keeps_its_weights_width_on_another_processor(
+    tmp_path: Path, monkeypatch
+) -> None:
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    monkeypatch.setattr(OnnxRuntime, "weight_bits", lambda self: None)
+    fit(slim(LSQ), max_epochs=3, callbacks=[keep])
+    monkeypatch.setattr(OnnxRuntime, "weight_bits", lambda self: 7)
+    resumed = slim(LSQ)
+    fit(resumed, max_epochs=3, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert resumed.fake.scheme.weights.bits == 8
+    anew = slim(LSQ)
+    fit(anew, max_epochs=2)
+    assert anew.fake.scheme.weights.bits == 7
 
 
 def test_a_second_fit_trains_the_ranges_on() -> None:

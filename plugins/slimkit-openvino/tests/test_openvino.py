@@ -48,6 +48,25 @@ def test_an_int8_file_computes_what_the_simulation_computes(
     assert near.double().mean() >= 0.995
 
 
+def test_the_sum_that_tells_the_width_is_computed_on_integers(monkeypatch) -> None:
+    seen = []
+    compile_model = backend._core().compile_model
+
+    class Core:
+        def compile_model(self, *given):
+            seen.append(compile_model(*given))
+            return seen[-1]
+
+    monkeypatch.setattr(backend, "_core", Core)
+    assert backend._weight_bits.__wrapped__() in (None, 7)
+    kinds = [n.get_rt_info()["primitiveType"].astype(str) for n in nodes_of(seen[0])]
+    assert any(kind.endswith("I8") and "1x1" in kind or "brgconv" in kind for kind in kinds), kinds
+
+
+def nodes_of(compiled):
+    return compiled.get_runtime_model().get_ordered_ops()
+
+
 LAYERS = {"residual": (3, 1), "depthwise": (3, 1), "attention": (0, 4), "detector": (5, 0)}
 
 

@@ -17,6 +17,7 @@ from slimkit.interfaces import Backend, Deployable, TimedRunner
 from slimkit.onnx_sessions import summed_bits
 from slimkit_remote.connection import Connection, Place
 
+_BITS: dict[Place, int | None] = {}  # boards that were asked what they sum rightly
 _PEAK_RUNS, _WARM_UP, _PROFILED = 3, 5, 20
 
 
@@ -64,8 +65,6 @@ class Remote(Backend):
         self.channel_multiple = self._local.channel_multiple  # type: ignore[misc]
         self.least_db = self._local.least_db  # type: ignore[misc]
         self._threads: int | None = None
-        self._bits: int | None = None
-        self._asked_bits = False
 
     def check(self, deployable: Deployable) -> list[str]:
         """What the compiling backend says; the board is asked once whether it can be reached.
@@ -81,18 +80,18 @@ class Remote(Backend):
         return self._local.remarks(deployable)
 
     def weight_bits(self) -> int | None:
-        """What the board's ONNX Runtime sums rightly, asked there once; of ncnn, its own.
+        """What the board's ONNX Runtime sums rightly, asked there once a process; of ncnn, its own.
 
         Where the board cannot be reached, nothing is known: `check` says so.
         """
         if self.runtime != "onnxruntime":
             return self._local.weight_bits()
-        if not self._asked_bits:
+        if self.place not in _BITS:
             try:
-                self._bits, self._asked_bits = summed_bits(self.load), True
-            except UnavailableError:
-                return None
-        return self._bits
+                _BITS[self.place] = summed_bits(self.load)
+            except ExportError:
+                _BITS[self.place] = None
+        return _BITS[self.place]
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write the compiling backend's files."""
