@@ -55,3 +55,17 @@ def test_int8_convolutions_are_one_dnns_integer_kernels(net, tmp_path):
     (found,) = engine.load(tmp_path)(X[:1])
     error = (found - small.eval()(X[:1])).abs().max() / found.abs().max()
     assert error < 1e-5
+
+
+def test_the_width_is_what_one_dnn_sums_rightly(monkeypatch):
+    """Sums in 16 bits by twos, as without VNNI, and in 32 bits."""
+
+    def told(value):
+        monkeypatch.setattr(
+            backend.torch.ops.onednn, "qconv_pointwise", lambda *_: torch.tensor([value])
+        )
+        return backend._weight_bits.__wrapped__()
+
+    assert backend._weight_bits.__wrapped__() in (None, 7)
+    assert told(255.0 * 127 * 16) is None
+    assert told(32767.0 * 8) == 7

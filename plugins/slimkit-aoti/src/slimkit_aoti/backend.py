@@ -11,6 +11,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -53,6 +54,13 @@ class Aoti(Backend):
     def check(self, deployable: Deployable) -> list[str]:
         """What Inductor or the compiler says against this program (it is compiled on trial)."""
         return self._trial.refused(deployable, lambda: _compiled(deployable))
+
+    def weight_bits(self) -> int | None:
+        """7 where oneDNN overflows with 8 on this processor; found by a sum, once a process.
+
+        https://oneapi-src.github.io/oneDNN/dev_guide_int8_computations.html
+        """
+        return _weight_bits()
 
     def compile(self, deployable: Deployable, directory: Path) -> None:
         """Write ``model.pt2``."""
@@ -101,6 +109,22 @@ class Aoti(Backend):
             f"{name} int8" if name.startswith(_INTEGER) else name: count
             for name, count in sorted(calls.items())
         }
+
+
+@cache
+def _weight_bits() -> int | None:
+    """By a convolution of the largest integers, with the kernel that the compiled code calls."""
+    onednn, n = torch.ops.onednn, 16
+    given = torch.full((1, n, 1, 1), 255, dtype=torch.uint8)
+    weight = torch.full((n, n, 1, 1), 127, dtype=torch.int8)
+    scales, zeros = torch.ones(n), torch.zeros(n, dtype=torch.int64)
+    one, none = [1, 1], [0, 0]  # strides and dilations; padding
+    packed = onednn.qconv_prepack(weight, scales, 1.0, 0, one, none, one, 1, [*given.shape])
+    found = onednn.qconv_pointwise(
+        *(given, 1.0, 0, packed, scales, zeros, None, one, none, one, 1),
+        *(1.0, 0, torch.float32, "none", [], ""),
+    )
+    return None if float(found.min()) == 255 * 127 * n else 7
 
 
 def _compiled(deployable: Deployable) -> bytes:
