@@ -107,7 +107,7 @@ def test_twenty_packages_are_found_in_a_tenth_of_a_second_beyond_none(install):
     assert together - alone < 0.1
 
 
-def test_listing_twenty_packages_takes_less_than_a_third_of_a_second(install):
+def test_listing_twenty_packages_takes_less_than_half_a_second(install):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(twenty(install)), *sys.path])}
     command = [sys.executable, "-m", "slimkit", "list-plugins"]
 
@@ -115,7 +115,7 @@ def test_listing_twenty_packages_takes_less_than_a_third_of_a_second(install):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert "of-p19" in done.stdout
 
-    assert fastest(listing) < allowed(0.3)
+    assert fastest(listing) < allowed(0.45)
 
 
 @pytest.mark.parametrize("name", sorted(GOOD))

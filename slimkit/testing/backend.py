@@ -98,7 +98,8 @@ def _compiled(backend: Backend, case: ModelCase, folder: Path) -> Deployed:
     """The file of a model, compiled as `slimkit.export` does and opened."""
     model, inputs = case.built(backend)
     with quiet():
-        return compile_(model, backend, (inputs[: case.batch],), folder)[1]
+        example = (inputs[: case.batch],)
+        return compile_(model, backend, example, folder, compared=False)[1]
 
 
 def _equal(found: list[Tensor], expected: list[Tensor]) -> bool:

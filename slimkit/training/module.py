@@ -218,7 +218,7 @@ class SlimModule(pl.LightningModule):
         """The wrapped module's forward, with fake-quantizers once they are there."""
         return self._simulated(self.inner.forward)(*args, **kwargs)
 
-    def configure_model(self) -> None:
+    def _configure_inner(self) -> None:
         """Ask the wrapped module for what it builds late, unless it was built to be wrapped.
 
         Raises:
@@ -436,6 +436,8 @@ class SlimModule(pl.LightningModule):
             if name.startswith("_") or theirs is getattr(pl.LightningModule, name, None):
                 continue
             setattr(self, name, getattr(inner, name))
+        if overrides(inner, "configure_model"):
+            self.configure_model = self._configure_inner  # type: ignore[method-assign]
         for name in ("validation_step", "test_step", "predict_step"):
             if overrides(inner, name):
                 setattr(self, name, self._simulated(getattr(inner, name)))

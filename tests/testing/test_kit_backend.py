@@ -192,7 +192,11 @@ MUTANTS = {
     Remembering: {"runs_in_a_fresh_process"},
     Faulty: {*FLOAT, "preflight_tells_the_truth"},
     FaultyInInt8: INT8,
-    Blurring: {"samples_do_not_meet", "two_artifacts_at_once"},
+    Blurring: {
+        "samples_do_not_meet",
+        "two_artifacts_at_once",
+        "inputs_that_do_not_fit_are_one_error",  # wrong ones leave a trace as well
+    },
     Optimistic: {"preflight_tells_the_truth"},
     Speechless: {"preflight_tells_the_truth"},
     Confusing: {"two_artifacts_at_once"},
