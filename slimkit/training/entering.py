@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from slimkit.acceptance import check_samples
-from slimkit.batches import LABELS, beside, first_sample, fresh, inputs_of
+from slimkit.batches import LABELS, beside, first_sample, inputs_of
 from slimkit.errors import SlimkitError, in_one_line
 from slimkit.evaluating import evaluating, replaced
 from slimkit.training.classification import Classification, network_of
@@ -98,18 +98,17 @@ class Entry:
                 f"{_parts_of(self.inner)}, and let training_step or validation_step call it"
             ) from error
 
-    def sample(self, batch: Any) -> tuple[Any, ...]:
-        """The network's arguments for the first sample of a batch, on which it was run once.
+    def tried(self, batch: Any) -> tuple[Any, ...]:
+        """The network's arguments, on whose first samples it was run once.
 
         Raises:
             SlimkitError: it does not run on them, or computes something else of two samples.
         """
-        several = self(batch)
-        inputs = first_sample(several)
+        inputs = self(batch)
         try:
             with isolate_rng(), evaluating(self.network), torch.no_grad():
-                self.network(*fresh(inputs))
-                check_samples(self.network, several)
+                self.network(*first_sample(inputs))
+                check_samples(self.network, inputs)
         except SlimkitError:
             raise
         except Exception as error:  # whatever a model raises

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -322,12 +322,11 @@ class SlimModule(pl.LightningModule):
             distillation.load(state)
         quantize = self.recipe.quantize
         if saved["fake"] is not None and quantize is not None:
-            scheme = scheme_of(self.recipe.export[0], quantize)
-            bits = saved["fake"].get("weight_bits", scheme.weights.bits)  # the processor may decide
-            scheme = replace(scheme, weights=replace(scheme.weights, bits=bits))
+            bits = saved["fake"].get("weight_bits", quantize.weight_bits)  # not this processor's
+            section = quantize.model_copy(update={"weight_bits": bits})
             self.fake = FakeQuantization(
                 Sites(**saved["fake"]["sites"]),
-                scheme,
+                scheme_of(self.recipe.export[0], section),
                 maker(quantize.weights.model_dump()),
                 maker(quantize.activations.model_dump()),
                 dict(self.network.named_parameters(remove_duplicate=False)),

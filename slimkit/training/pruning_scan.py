@@ -15,7 +15,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from slimkit.batches import samples_in
+from slimkit.batches import first_sample, samples_in
 from slimkit.errors import PruningError, SlimkitError
 from slimkit.journal import Journal
 from slimkit.progress import quiet
@@ -156,7 +156,7 @@ class _Scan(pl.LightningModule):
         batch = next(iter(moved), None)
         if batch is None:
             raise SlimkitError("the validation data is empty: it gave no batch")
-        inputs = entry.sample(batch)
+        inputs = first_sample(entry.tried(batch))
         coupling = coupling_of(network, inputs, section)
         if not coupling.groups:
             reasons = "; ".join(f"{n}: {r}" for n, r in list(coupling.frozen.items())[:8])

@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slimkit.batches import first_sample
 from slimkit.copies import copied
 from slimkit.deploy.agreement import compare
 from slimkit.errors import QuantizationError, SlimkitError
@@ -87,7 +88,8 @@ class QuantizationCallback(pl.Callback):
             return
         module, state = self.module, self.module.state
         if module.fake is None:
-            inputs, whole = module.entry.sample(batch), module.entry(batch)
+            whole = module.entry.tried(batch)
+            inputs = first_sample(whole)
             state.example_inputs = inputs
             module.fake = FakeQuantization.of(
                 module.network,

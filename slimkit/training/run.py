@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,14 +49,13 @@ from slimkit.training.workplace import (
     BEGUN,
     DENSE,
     LAST,
+    Say,
     alone,
     compare_models,
     leave,
     prepare,
 )
 from slimkit.weights import load_weights
-
-Say = Callable[[str], None]
 
 
 @dataclass

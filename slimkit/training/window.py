@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slimkit.batches import samples_in
+from slimkit.batches import first_sample, samples_in
 from slimkit.batchnorm import reestimate_
 from slimkit.errors import PruningError, SlimkitError
 from slimkit.interfaces import Criterion
@@ -112,7 +112,7 @@ class PruningCallback(pl.Callback, ABC):
         self._batch_idx, self._collected, self._samples = batch_idx, False, samples_in(batch)
         state = self.module.state
         if self.masks is None and (self.lasting or not state.cut):
-            inputs = self.module.entry.sample(batch)
+            inputs = first_sample(self.module.entry.tried(batch))
             state.example_inputs = of_the_first(inputs, self._device) if several() else inputs
             self._analyse()
             self._check_gradients()

@@ -193,7 +193,7 @@ def _compare_shapes(compiled: Any, deployable: Deployable) -> None:
 
 @cache
 def _weight_bits() -> int | None:
-    """By a convolution of the largest integers, compiled as `OpenVino` compiles."""
+    """By a convolution of the largest integers."""
     ops, channels = required("openvino.opset13", "openvino"), 16
     given = ops.parameter([1, channels, 1, 1], np.float32)
     ends = [ops.constant(np.float32(value)) for value in (0, 255, 0, 255)]

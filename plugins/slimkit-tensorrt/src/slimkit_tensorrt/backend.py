@@ -120,8 +120,9 @@ class TensorRT(Backend):
         from slimkit_tensorrt.graph import integer_layers
 
         executed = _opened(directory).operators()
-        layers = integer_layers(_file(directory))
-        if layers and not any("QLinear" in name or "QGemm" in name for name in executed):
+        if any("QLinear" in name or "QGemm" in name for name in executed):
+            return executed
+        if layers := integer_layers(_file(directory)):
             executed["int8 layers by TensorRT's rules"] = layers
         return executed
 

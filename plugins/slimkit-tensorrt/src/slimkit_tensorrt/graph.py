@@ -51,10 +51,13 @@ class Graph:
         return f"{node.op_type} {node.name or node.output[0]}"
 
 
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
 def integer_layers(file: bytes) -> int:
     """How many layers read a rounded tensor and an int8 weight: what TensorRT computes in int8."""
     graph = Graph(onnx.load_from_string(file))
-    layers = (n for n in graph.nodes if n.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"))
+    layers = (n for n in graph.nodes if n.op_type in _LAYERS)
     return sum(all(_rounded(graph, name) for name in node.input[:2]) for node in layers)
 
 
@@ -69,7 +72,7 @@ def float_layers_between_roundings(file: bytes) -> bool:
     """Whether a layer with float weights reads what a DequantizeLinear made."""
     graph = Graph(onnx.load_from_string(file))
     for node in graph.nodes:
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        if node.op_type in _LAYERS:
             source, weight = graph.producer(node.input[0]), graph.constant(node.input[1])
             reads = source is not None and source.op_type == "DequantizeLinear"
             if reads and weight is not None and weight.dtype.kind == "f":
