@@ -49,6 +49,10 @@ class StoppedError(SlimkitError):
     exit_code = 143
 
 
+class Terminated(SystemExit):  # noqa: N818  (no error: nobody is to catch it)
+    """SIGTERM came: what is at work unwinds; no plugin is to blame."""
+
+
 class DivergedError(SlimkitError):
     """A training went wrong: weights or a loss are NaN or infinite."""
 

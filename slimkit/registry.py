@@ -20,7 +20,7 @@ from typing import Any
 import pluggy
 
 from slimkit import hookspecs
-from slimkit.errors import PluginError, SlimkitError, did_you_mean
+from slimkit.errors import PluginError, SlimkitError, Terminated, did_you_mean
 from slimkit.hookspecs import Plugin
 
 GROUP = "slimkit"
@@ -196,6 +196,8 @@ def blame(plugin: Listed, doing: str) -> Iterator[None]:
         yield
     except SlimkitError:
         raise
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:
         raise PluginError(f"{plugin} failed while {doing}: {_told(error)}") from error
 
@@ -212,6 +214,8 @@ def blame_for(kind: str, plugin: object, doing: str) -> Iterator[None]:
     try:
         yield
     except (SlimkitError, OSError, MemoryError):
+        raise
+    except Terminated:
         raise
     except (Exception, SystemExit) as error:
         registry = discover()

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import click
 
-from slimkit.errors import SlimkitError, StoppedError
+from slimkit.errors import SlimkitError, StoppedError, Terminated
 
 # Threads that spin while they wait for each other make small networks several times slower wherever
 # another process wants a core as well; read when torch is imported.
@@ -77,7 +77,7 @@ def _stoppable() -> Iterator[None]:
 
     def stop(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise SystemExit(StoppedError.exit_code)
+        raise Terminated(StoppedError.exit_code)
 
     ours = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ours:

@@ -366,6 +366,18 @@ def test_quiet_says_nothing_but_the_result(project: Project) -> None:
     json.loads(done.stdout)
 
 
+def test_sigterm_is_not_blamed_on_the_plugin_at_work(project: Project, monkeypatch) -> None:
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    project.write(trainer=AT_ONCE, quantize=None)
+    monkeypatch.setattr("slimkit.builtin.backends.reference.Reference.compile", stopped)
+    done = project.here()
+    assert done.returncode == 143, done.stderr
+    assert "Error: stopped by SIGTERM" in done.stderr
+    assert "failed while" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
