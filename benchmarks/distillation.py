@@ -13,8 +13,10 @@ ResNet-20 learns from nothing. None was tuned by any accuracy.
 
 The dense network of the first table is trained on the 40,000 images in front of those held out. All
 are tested after the last epoch on the last --held-out training images, which they never saw (the
-second table's pretrained teachers did), and on the 1,000 test images. What is finished lies in
---work and is not made again; a killed run goes on from its last epoch.
+second table's pretrained teachers did), and on the 1,000 test images. With --cached the second
+table's images are not augmented, and what the pretrained teachers give is computed once and read
+back in every epoch. What is finished lies in --work and is not made again; a killed run goes on
+from its last epoch.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import pytorch_lightning as pl
 import torch
 from cifar10.data import Cifar10
 from cifar10.models import ResNet
-from long_training import trained
+from long_training import precision, trained
 from torch import Tensor, nn
 from zoo.rows import machine
 
@@ -135,10 +137,12 @@ def _chosen(wanted: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]
     return {n: section for n, section in wanted.items() if names is None or first[n] in names}
 
 
-def data_of(given: argparse.Namespace, seed: int, images: int | None = None) -> Cifar10:
+def data_of(
+    given: argparse.Namespace, seed: int, images: int | None = None, augment: bool = True
+) -> Cifar10:
     """The first training images in an order of the seed, and those held out."""
-    images = images or given.images
-    return Cifar10(given.data, train_images=images, val_images=given.held_out, seed=seed)
+    images, held = images or given.images, given.held_out
+    return Cifar10(given.data, train_images=images, val_images=held, augment=augment, seed=seed)
 
 
 def dense(given: argparse.Namespace) -> nn.Module:
@@ -166,8 +170,12 @@ def network(table: str, section: Any, given: argparse.Namespace, name: str) -> n
         model, epochs = ResNet(3), given.taught_epochs
         recipe = {"optimizer": {"lr": 10 * given.lr}}
     model = model.to(memory_format=torch.channels_last)
+    cached = given.cached and table == "taught"
+    if cached and section and section["teacher"] != "ema" and "learns" not in section["teacher"]:
+        section = {**section, "cache": str(given.work / "cache")}
     recipe["distill"] = section
-    return trained(model, recipe, epochs, data_of(given, seed), given.work / name, seed)
+    data = data_of(given, seed, augment=not cached)
+    return trained(model, recipe, epochs, data, given.work / name, seed, every=5 if cached else 1)
 
 
 def answers(model: nn.Module, data: Cifar10) -> tuple[Tensor, Tensor]:
@@ -238,8 +246,10 @@ def how(table: str, given: argparse.Namespace) -> str:
             "epochs."
         )
     return (
-        f"{given.images:,} images, {given.taught_epochs} epochs, learning rate {10 * given.lr:g}; "
-        "the teachers are the pretrained networks of the data folder."
+        f"{given.images:,} images{', not augmented' if given.cached else ''}, "
+        f"{given.taught_epochs} epochs, learning rate {10 * given.lr:g}; the teachers are the "
+        "pretrained networks of the data folder"
+        f"{', whose outputs are read from a cache' if given.cached else ''}."
     )
 
 
@@ -267,6 +277,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40_000, help="to train on")
     parser.add_argument("--held-out", type=int, default=10_000, help="images to test on")
     parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument(
+        "--cached", action="store_true", help="the second table's teachers run once"
+    )
     parser.add_argument("--output", type=Path, help="Markdown file for the tables")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -283,11 +296,11 @@ def main() -> None:
         }
         parts += [title, table_of(rows), how(table, given)]
     parts.append(
-        f"Last epoch, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, SGD with cosine, bf16. "
-        f"Top-1 in float32 on {given.held_out:,} images held out and on 1,000 test images; "
-        "differences are paired, with their standard error over images and seeds. Weights of the "
-        "losses are those in benchmarks/distillation.py, not tuned. Minutes on a machine shared "
-        f"with other work ({machine('torch')})."
+        f"Last epoch, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, SGD with cosine, "
+        f"{precision()}. Top-1 in float32 on {given.held_out:,} images held out and on 1,000 test "
+        "images; differences are paired, with their standard error over images and seeds. Weights "
+        "of the losses are those in benchmarks/distillation.py, not tuned. Minutes on a machine "
+        f"shared with other work ({machine('torch')})."
     )
     found = "\n\n".join(parts) + "\n"
     print(found)
