@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import Distribution, EntryPoint, distribution, distributions, version
+from importlib.metadata import EntryPoint, distribution, distributions, version
 from typing import Any
 
 import pluggy
@@ -135,11 +135,11 @@ class Registry:
         from slimkit.known import PACKAGES, claims
 
         broken = {(b.package, b.entry_point) for b in self.broken}
-        for package, point in _entry_points([]):
-            out, amiss = point.name in self.left_out, (package.name, point.name) in broken
+        for (package, version_of), point in _entry_points([]):
+            out, amiss = point.name in self.left_out, (package, point.name) in broken
             if (out or amiss) and claims(point, _HOOKS[kind], name):
                 why = "is broken" if amiss else "SLIMKIT_PLUGINS leaves it out"
-                return f"{package.name} {package.version} has it, but {why}"
+                return f"{package} {version_of} has it, but {why}"
         if name in PACKAGES[kind]:
             return f"{PACKAGES[kind][name]} has it: pip install {PACKAGES[kind][name]}"
         return None
@@ -229,9 +229,8 @@ def blame_for(kind: str, plugin: object, doing: str) -> Iterator[None]:
 @cache
 def discover() -> Registry:
     """Everything that is installed; runs the hooks of every package once a process."""
-    own = [
-        _listed(kind, r, GROUP, version(GROUP)) for kind, r in records_of(import_module(BUILTIN))
-    ]
+    here = version(GROUP)  # each call reads and parses the package's metadata
+    own = [_listed(kind, r, GROUP, here) for kind, r in records_of(import_module(BUILTIN))]
     found, broken, left_out, slow = _third_parties()
     claims: dict[tuple[str, str], list[Listed]] = {}
     for plugin in [*own, *(plugin for plugin, _ in found)]:
@@ -268,7 +267,7 @@ def _third_parties() -> tuple[list[tuple[Listed, str]], list[Broken], list[str],
     left_out: list[str] = []
     slow: list[Slow] = []
     for package, entry_point in _entry_points(broken):
-        source = (package.name, package.version, entry_point.name)
+        source = (*package, entry_point.name)
         if wanted is not None and entry_point.name not in wanted:
             left_out.append(entry_point.name)
             continue
@@ -294,8 +293,11 @@ def _third_parties() -> tuple[list[tuple[Listed, str]], list[Broken], list[str],
     return found, broken, left_out, slow
 
 
-def _entry_points(broken: list[Broken]) -> Iterator[tuple[Distribution, EntryPoint]]:
-    """Each entry point of our group by package name; a package that cannot be read is `broken`."""
+def _entry_points(broken: list[Broken]) -> Iterator[tuple[tuple[str, str], EntryPoint]]:
+    """A package's name and version with each entry point of our group, by the package's name.
+
+    A package that cannot be read is `broken`.
+    """
     names: set[str] = set()
     for package in distributions():
         with contextlib.suppress(UnicodeDecodeError):  # not ours: pip would refuse such a package
@@ -303,12 +305,14 @@ def _entry_points(broken: list[Broken]) -> Iterator[tuple[Distribution, EntryPoi
                 names.add(re.sub(r"[-_.]+", "-", package.name or "").lower())
     for name in sorted(names - {""}):
         package = distribution(name)  # of two versions, the one that Python imports
+        about = package.metadata  # parsed anew at each access
+        known = (about["Name"], about["Version"])
         try:
             mine = [point for point in package.entry_points if point.group == GROUP]
         except Exception as error:
-            broken.append(Broken(name, package.version, "", f"entry_points.txt: {_told(error)}"))
+            broken.append(Broken(name, known[1], "", f"entry_points.txt: {_told(error)}"))
         else:
-            yield from ((package, point) for point in sorted(mine, key=lambda point: point.name))
+            yield from ((known, point) for point in sorted(mine, key=lambda point: point.name))
 
 
 def records_of(source: object) -> list[tuple[str, Any]]:
