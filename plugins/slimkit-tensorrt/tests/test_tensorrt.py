@@ -90,6 +90,16 @@ def test_every_layer_is_int8_with_zero_points_of_zero_and_scales_of_output_chann
     assert all(made_by[name].op_type == "DequantizeLinear" for name in total.input)
 
 
+def test_a_channel_that_batch_norm_all_but_silences_keeps_its_bias(tmp_path):
+    model = Mixed()  # a bias of 0.5 is 10^10 steps of such weights' products
+    model.norm.weight.data[::2] = 1e-8
+    model.norm.bias.data[:] = 0.5
+    x = normal(64, 3, 16, 16)
+    model = quantized(model, x)
+    assert rules(file_of(model, x, tmp_path)) == []
+    assert min(difference(model, x[:16], tmp_path).sqnr_db) > 60
+
+
 def test_one_convolution_is_integer_arithmetic(tmp_path):
     """Against numpy: round, sum in int64, scale, add the float bias."""
     layer, x = nn.Conv2d(3, 8, 3), normal(8, 3, 9, 9)

@@ -174,15 +174,24 @@ class Board:
 
     def time(self, head: dict[str, Any], body: Body) -> Answer:
         """Many runs on the same inputs."""
-        arrays, found, said = unpacked(body), [], time.monotonic()
+        arrays, found, tell = unpacked(body), [], self._sign()
         for _ in range(head["runs"]):
             start = time.perf_counter()
             self._model.run(arrays)
             found.append(1000 * (time.perf_counter() - start))
-            if time.monotonic() > said + SIGN_S:
-                self._answer({"busy": True}, b"")
-                said = time.monotonic()
+            tell()
         return {"ms": found}, b""
+
+    def _sign(self) -> Callable[[], None]:
+        """Says that the board is alive, whenever the last sign is `SIGN_S` seconds ago."""
+        last = [time.monotonic()]
+
+        def tell() -> None:
+            if time.monotonic() > last[0] + SIGN_S:
+                self._answer({"busy": True}, b"")
+                last[0] = time.monotonic()
+
+        return tell
 
     def peak(self, head: dict[str, Any], body: Body) -> Answer:
         """Largest resident memory of a process that runs the files, less that of one without."""
@@ -200,9 +209,10 @@ class Board:
     def profile(self, head: dict[str, Any], body: Body) -> Answer:
         """Operators by type: how many are executed, and the milliseconds of a median run."""
         model = OnnxRuntime(self._folder, 1, profile=str(self._folder / "profile"))
-        arrays = unpacked(body) or model.zeros()
+        arrays, tell = unpacked(body) or model.zeros(), self._sign()
         for _ in range(head["warm_up"] + head["runs"]):
             model.run(arrays)
+            tell()
         path = Path(model.session.end_profiling())
         return kernels(json.loads(path.read_text()), head["warm_up"]), b""
 

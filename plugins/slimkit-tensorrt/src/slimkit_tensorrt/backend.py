@@ -182,15 +182,15 @@ def _file(directory: Path) -> bytes:
 def _opened(directory: Path) -> OnnxFile:
     """The file for ONNX Runtime.
 
-    Where a layer with float weights reads a rounded tensor, nothing is fused to integers: ONNX
-    Runtime would round those weights too, which the file does not say (WeightBiasQuantization).
+    Where ONNX Runtime would round weights or biases that the file has in float, and that come out
+    as others (WeightBiasQuantization), nothing is fused to integers.
     """
     required("onnx", "tensorrt")
-    from slimkit_tensorrt.graph import float_layers_between_roundings
+    from slimkit_tensorrt.graph import misfused
 
     path, data = directory / FILE, _file(directory)
     try:
-        apart = float_layers_between_roundings(data)
+        apart = misfused(data)
     except Exception as error:  # protobuf raises classes without a public base
         raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
     return OnnxFile(path, "tensorrt", {"session.disable_quant_qdq": "1"} if apart else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -68,13 +69,36 @@ def _rounded(graph: Graph, tensor: str) -> bool:
     return made is not None and made.op_type == "DequantizeLinear"
 
 
-def float_layers_between_roundings(file: bytes) -> bool:
-    """Whether a layer with float weights reads what a DequantizeLinear made."""
+def misfused(file: bytes) -> bool:
+    """Whether ONNX Runtime, fusing roundings and layers to integers, would compute something else.
+
+    It rounds the float weights of a layer that reads a rounded tensor, and every bias to the steps
+    of its products, in 32 bits: where a channel's weights are next to nothing, they overflow.
+    """
     graph = Graph(onnx.load_from_string(file))
     for node in graph.nodes:
-        if node.op_type in _LAYERS:
-            source, weight = graph.producer(node.input[0]), graph.constant(node.input[1])
-            reads = source is not None and source.op_type == "DequantizeLinear"
-            if reads and weight is not None and weight.dtype.kind == "f":
+        source = graph.producer(node.input[0]) if node.op_type in _LAYERS else None
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        weight = graph.constant(node.input[1])
+        if weight is not None:
+            if weight.dtype.kind == "f":
                 return True
+        elif len(node.input) > 2 and _overflows(graph, source, node):
+            return True
     return False
+
+
+def _overflows(graph: Graph, source: Any, layer: Any) -> bool:
+    """Whether a bias is no 32-bit number of steps of its channel's products."""
+    made = graph.producer(layer.input[1])
+    if made is not None and made.op_type == "Transpose":
+        made = graph.producer(made.input[0])
+    if made is None or made.op_type != "DequantizeLinear":
+        return False
+    found = (graph.constant(name) for name in (source.input[1], made.input[1], layer.input[2]))
+    known = [np.abs(values.astype(np.float64)) for values in found if values is not None]
+    if len(known) < 3:
+        return False
+    read, weights, bias = known
+    return bool((bias > 2**30 * read * weights).any())
