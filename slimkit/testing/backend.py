@@ -24,7 +24,7 @@ from slimkit.pruning.prune import prune
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.finished import finish
 from slimkit.silence import captured
-from slimkit.testing.networks import NETWORKS, UNUSUAL, made
+from slimkit.testing.networks import NETWORKS, UNUSUAL, made, several
 from slimkit.testing.promises import Promises, Subject
 from slimkit.testing.worker import in_fresh_process
 
@@ -277,6 +277,43 @@ def preflight_tells_the_truth(subject: Subject, case: ModelCase) -> str | None:
     worst = min(compare(expected, found).sqnr_db, default=math.inf)
     if worst < LEAST_DB[False]:
         return f"accepted, and then {worst:.1f} dB of signal to difference"
+    return None
+
+
+def with_several(_: Subject) -> Iterator[str]:
+    """Networks with several inputs."""
+    yield "pair"
+    yield "tokens"
+
+
+@BACKEND.on(with_several)
+def several_inputs_keep_their_order(subject: Subject, case: str) -> str | None:
+    """Inputs of one shape, and whole numbers, come as the forward's arguments, or are refused."""
+    backend = subject.make()
+    model, inputs = several(case)
+    deployable = finish(model, inputs)
+    if backend.check(deployable):
+        return None
+    with _folder() as folder:
+        backend.compile(deployable, folder)
+        found = list(backend.load(folder)(*inputs))
+    worst = min(compare(simulate(model, *inputs), found).sqnr_db, default=math.inf)
+    if worst < LEAST_DB[False]:
+        return f"accepted, and then {worst:.1f} dB of signal to difference"
+    return None
+
+
+@BACKEND.on(small)
+def threads_change_nothing_but_the_time(subject: Subject, case: ModelCase) -> str | None:
+    """A file opened with ``threads=2`` computes what it does with one, but for the sums' order."""
+    backend = subject.make()
+    inputs = case.built(backend)[1][:1]
+    with _folder() as folder:
+        expected = [t.clone() for t in _compiled(backend, case, folder / "files").flat(inputs)]
+        found = list(backend.load(folder / "files", threads=2)(inputs))
+    worst = min(compare(expected, found).sqnr_db, default=math.inf)
+    if worst < LEAST_DB[False]:
+        return f"{worst:.1f} dB of signal to difference between one thread and two"
     return None
 
 

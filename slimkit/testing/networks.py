@@ -123,6 +123,37 @@ class Fourier(nn.Module):
         return torch.fft.rfft(self.layer(x)).abs()
 
 
+class Pair(nn.Module):
+    """Two images of one shape, which nothing but their order tells apart, to classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 8, 3, padding=1)
+        self.right = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # 2 of (n, 3, 16, 16) -> (n, 10)
+        """Logits."""
+        both = functional.relu(self.left(x) + self.right(y))
+        return self.head(functional.adaptive_avg_pool2d(both, 1).flatten(1))
+
+
+class Tokens(nn.Module):
+    """Whole numbers to classes by way of an embedding, with a mask of what counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.layer = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:  # 2 of (n, 6) int64 -> (n, 10)
+        """Logits."""
+        counts = mask[..., None].to(torch.float32)
+        x = functional.relu(self.layer(self.embedding(ids))) * counts
+        return self.head(x.sum(1))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolutional": (Convolutional, IMAGE),
     "residual": (Residual, IMAGE),
@@ -136,6 +167,20 @@ UNUSUAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "fourier": (Fourier, IMAGE),
 }
 """What a backend may refuse."""
+
+
+def several(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A network with several inputs in evaluation mode, and one sample of each.
+
+    Args:
+        name: ``pair``, or ``tokens``, whose inputs are whole numbers.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "pair":
+            return Pair().eval(), (torch.randn(1, *IMAGE), torch.randn(1, *IMAGE))
+        ids = torch.randint(40, (1, 6))
+        return Tokens().eval(), (ids, (torch.arange(6) < 4).long()[None])
 
 
 def made(name: str, samples: int = 1) -> tuple[nn.Module, Tensor]:

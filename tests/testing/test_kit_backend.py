@@ -88,7 +88,7 @@ class Blurring(Reference):
 
         def blurred(*inputs):
             outs = [out + 1e-4 * last[0] for out in run(*inputs)]
-            last[0] = float(inputs[0].abs().mean())
+            last[0] = float(inputs[0].double().abs().mean())
             return outs
 
         return blurred
@@ -108,6 +108,22 @@ class Speechless(Reference):
 
     def check(self, deployable):
         return [""] if "sort" in deployable.program.graph_module.code else []
+
+
+class Swapping(Reference):
+    """Takes two inputs the other way round."""
+
+    def load(self, directory, threads=1):
+        run = super().load(directory, threads)
+        return lambda *inputs: run(*reversed(inputs))
+
+
+class Racing(Reference):
+    """Loses something on several threads."""
+
+    def load(self, directory, threads=1):
+        run = super().load(directory, threads)
+        return lambda *inputs: [out if threads == 1 else 0.9 * out for out in run(*inputs)]
 
 
 class Confusing(Reference):
@@ -190,7 +206,7 @@ MUTANTS = {
         "the_same_model_gives_the_same_files",
     },
     Remembering: {"runs_in_a_fresh_process"},
-    Faulty: {*FLOAT, "preflight_tells_the_truth"},
+    Faulty: {*FLOAT, "preflight_tells_the_truth", "several_inputs_keep_their_order"},
     FaultyInInt8: INT8,
     Blurring: {
         "samples_do_not_meet",
@@ -199,6 +215,8 @@ MUTANTS = {
     },
     Optimistic: {"preflight_tells_the_truth"},
     Speechless: {"preflight_tells_the_truth"},
+    Swapping: {"several_inputs_keep_their_order"},
+    Racing: {"threads_change_nothing_but_the_time"},
     Confusing: {"two_artifacts_at_once"},
     Lazy: {"an_open_file_outlives_its_folder"},
     Trusting: {"missing_or_damaged_files_are_one_error"},
