@@ -11,6 +11,7 @@ import pytest
 from nets import normal, residual_net
 
 import slimkit
+from slimkit.builtin.backends.reference import Reference
 from slimkit.deploy.folder import write_manifest
 
 X = normal(6, 3, 8, 8, seed=3)
@@ -53,9 +54,11 @@ def artifacts(tmp_path_factory):
     slimkit.export(other, X, "torch", directory=folder / "other")
     slimkit.export(net, X, "torch", directory=folder / "departed")
     file = "exports/torch/model.pt2"
-    (folder / "departed" / file).write_bytes((folder / "other" / file).read_bytes())
-    manifest = json.loads((folder / "departed" / "slimkit.json").read_text())
-    write_manifest(folder / "departed", manifest)  # hashes what lies there now
+    slimkit.export(int8, X, "torch", directory=folder / "int8-departed")
+    for name in ("departed", "int8-departed"):
+        (folder / name / file).write_bytes((folder / "other" / file).read_bytes())
+        manifest = json.loads((folder / name / "slimkit.json").read_text())
+        write_manifest(folder / name, manifest)  # hashes what lies there now
     return folder
 
 
@@ -112,6 +115,15 @@ def test_a_file_that_departs_is_exit_code_3(compare):
     assert done.returncode == 3
     assert "agreement: " in done.stderr
     assert "--per-layer finds the layer" in done.stderr
+
+
+def test_a_processor_on_which_sums_of_the_weights_overflow_is_named(compare, monkeypatch):
+    monkeypatch.setattr(Reference, "weight_bits", lambda self: 7)
+    done = compare("int8-departed", *DATA, *MODEL)
+    assert done.returncode == 3
+    assert "torch: sums of products of 8-bit weights overflow on the processor" in done.stderr
+    assert "overflow" not in compare("int8", *DATA, *MODEL).stderr  # nothing has departed
+    assert "overflow" not in compare("departed", *DATA, *MODEL).stderr  # no integers
 
 
 def test_a_real_file_that_is_not_what_would_be_made_now_is_said(compare):

@@ -98,6 +98,8 @@ def compare(
         found = file.agreement(batches, inputs)
         layers = file.layers(batches, least_db=least_db) if per_layer else None
         results.append((file.runtime, found, layers))
+        if not found.share >= least and (wide := file.too_wide) is not None:
+            click.echo(f"slimkit: {file.runtime}: {wide}", err=True)
     if as_json:
         click.echo(json.dumps([_plain(*result) for result in results], indent=1))
     else:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from slimkit.acceptance import check_module, check_samples, check_single
 from slimkit.batches import as_inputs, finite, first_sample, inputs_of, joined, to_cpu
 from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
-from slimkit.deploy.deployed import Deployed, open_
+from slimkit.deploy.deployed import MISREAD, Deployed, compile_, open_
 from slimkit.deploy.folder import check_target, replacing
 from slimkit.deploy.layers import LEAST_DB, SAMPLES, LayerReport, per_layer
 from slimkit.deploy.release import Row, release
@@ -26,6 +27,11 @@ from slimkit.quantization.finished import finish
 from slimkit.quantization.widths import width_remark
 from slimkit.registry import discover
 from slimkit.weights import sick
+
+DOUBT_DB = 30.0
+"""Signal to difference of an int8 file below which its float twin is made and compared as well."""
+LEAST_SHARE = 0.9
+"""Agreement of an int8 file below which `export` warns."""
 
 
 class Artifact:
@@ -129,7 +135,8 @@ def export(
         batches: how many of them.
 
     Raises:
-        ExportError: the backend cannot compile the model, or `model` was quantized for another.
+        ExportError: the backend cannot compile the model, or misreads it, or `model` was quantized
+            for another.
         ArtifactError: `directory` holds something that slimkit did not write.
 
     Example:
@@ -181,6 +188,8 @@ def export(
             work / "exports",
             agreement_inputs=together,
         )
+        if isinstance(own, QuantizedModel):
+            _doubted(rows[0], own.model, target, inputs)
         deployable = finish(own, first_sample(inputs))
         used = [("backend", discover().name_of("backend", target))]
         write(
@@ -195,3 +204,27 @@ def export(
         )
         deployed = open_(target, work / "exports" / name, deployable)
     return Artifact(folder, rows[0], deployed, own, target)
+
+
+def _doubted(row: Row, network: nn.Module, backend: Backend, inputs: tuple[Any, ...]) -> None:
+    """Find out why an int8 file departs far from its simulation: a float file would not round.
+
+    Raises:
+        ExportError: the float file is another model's, too: the backend misreads an operation.
+    """
+    worst = min(row.agreement.sqnr_db, default=DOUBT_DB)
+    if not worst < DOUBT_DB:
+        return
+    try:
+        with TemporaryDirectory(prefix="slimkit-") as name:
+            compile_(network, backend, inputs, Path(name) / "float")
+    except ExportError as error:
+        if MISREAD in str(error):
+            raise
+    if row.agreement.share < LEAST_SHARE:
+        warnings.warn(
+            f"the int8 file for {row.runtime} agrees with its simulation in "
+            f"{row.agreement.share:.1%} only ({worst:.1f} dB of signal to difference): the "
+            "artifact's per_layer(inputs) finds where it departs",
+            stacklevel=3,
+        )

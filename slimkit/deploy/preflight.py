@@ -236,9 +236,9 @@ def _slow(traced: Trace, simulated: QuantizedModel, backend: Backend) -> list[st
     multiple = backend.channel_multiple
     if multiple == 1:
         return []
-    odd = []
+    odd, last = [], _last(traced)
     for call in traced.calls:
-        path = call.weight_path if call.op in WEIGHTED else None
+        path = call.weight_path if call.op in WEIGHTED and call.name not in last else None
         if path is not None and call.name in simulated.fake.sites.weights:
             channels = simulated.model.get_parameter(path).shape[0]
             if channels % multiple:
@@ -246,10 +246,23 @@ def _slow(traced: Trace, simulated: QuantizedModel, backend: Backend) -> list[st
     if not odd:
         return []
     return [
-        f"{_counted(odd)} make channels that are no multiple of {multiple}: prune to it "
+        f"channels that are no multiple of {multiple} come out of {_counted(odd)}: prune to it "
         f"(prune.round_to: {multiple}, the default for this backend), or fill up with "
         "rewrite: [pad-channels]"
     ]
+
+
+def _last(traced: Trace) -> set[str]:
+    """Layers behind which there is no other: their channels are what the model gives."""
+    wanted, found = set(traced.outputs), set()
+    for call in reversed(traced.calls):
+        if wanted.isdisjoint(call.outputs):
+            continue
+        if call.op in WEIGHTED:
+            found.add(call.name)
+        else:
+            wanted.update(call.inputs)
+    return found
 
 
 def _counted(calls: list[Call]) -> str:

@@ -21,6 +21,7 @@ from slimkit.evaluating import evaluating
 from slimkit.interfaces import Backend, tensors_of
 from slimkit.quantization.exact import exact
 from slimkit.quantization.fake import QuantizedModel
+from slimkit.quantization.widths import width_remark
 from slimkit.registry import discover
 
 EXPORTS = "exports"
@@ -48,6 +49,13 @@ class Reopened:
         """The user's module, whose forward says what a batch's inputs are."""
         inner = self.simulation
         return inner.model if isinstance(inner, QuantizedModel) else inner
+
+    @property
+    def too_wide(self) -> str | None:
+        """What is to be said where sums of the file's weights overflow on this device."""
+        if not isinstance(self.simulation, QuantizedModel):
+            return None
+        return width_remark(self.backend, self.simulation.fake.scheme.weights.bits)
 
     def agreement(self, batches: Iterable[Any], most: int = 1000) -> Agreement:
         """Run the file and the simulation on the same inputs.
