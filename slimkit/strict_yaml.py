@@ -20,7 +20,7 @@ def load(path: str | Path) -> dict[str, Any]:
         twice = list(_duplicates(node, "", set()))
         document = loader.construct_document(node) if node and not twice else None
     except FileNotFoundError as error:
-        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.y*ml")))
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("[!.]*.y*ml")))
         raise RecipeError(f"there is no recipe {path}{near}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error

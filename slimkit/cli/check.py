@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 
@@ -13,7 +15,7 @@ import click
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON.")
 def check(recipe: str, targets: bool, as_json: bool) -> None:
-    """Report every problem of a RECIPE at once.
+    """Report every problem of a RECIPE (a file, or "demo") at once.
 
     Nothing is trained. Without --targets no model is imported and it takes less than a second. With
     it the model as it is now is tried on every backend of `export`, in float and, if the recipe
@@ -27,11 +29,13 @@ def check(recipe: str, targets: bool, as_json: bool) -> None:
     import json
 
     from slimkit.check import problems
+    from slimkit.cli.recipes import located
     from slimkit.errors import RecipeError
 
-    found = problems(recipe)
+    path = located(recipe)
+    found = problems(path)
     if targets and not found:
-        _check_targets(recipe, as_json)
+        _check_targets(recipe, path, as_json)
         return
     if as_json:
         listed = [{"path": problem.path, "message": problem.message} for problem in found]
@@ -43,7 +47,7 @@ def check(recipe: str, targets: bool, as_json: bool) -> None:
     click.echo(f"{recipe}: no problems found, ready for 'slimkit run {recipe}'")
 
 
-def _check_targets(recipe: str, as_json: bool) -> None:
+def _check_targets(recipe: str, path: Path, as_json: bool) -> None:
     """Print what each backend makes of the model; exits with 2 where one cannot run it."""
     import json
     from dataclasses import asdict
@@ -53,9 +57,7 @@ def _check_targets(recipe: str, as_json: bool) -> None:
     from slimkit.recipe import Recipe
     from slimkit.training.preflight import preflight_of
 
-    results = preflight_of(
-        Recipe.read(recipe), lambda line: click.echo(f"slimkit: {line}", err=True)
-    )
+    results = preflight_of(Recipe.read(path), lambda line: click.echo(f"slimkit: {line}", err=True))
     bad = any(result.problems for result in results)
     if as_json:
         listed = [asdict(result) for result in results]

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from slimkit.recipe import Recipe
 
 
+def located(given: str | Path) -> Path:
+    """The file of a recipe: for ``demo`` the one that ships with slimkit."""
+    return (
+        Path(__file__).parent.parent / "demo" / "recipe.yaml"
+        if str(given) == "demo"
+        else Path(given)
+    )
+
+
 def usable(given: Path) -> tuple[Recipe, str]:
     """The recipe in a file, or the one that ships with slimkit for ``demo``, and its name.
 
@@ -21,12 +30,11 @@ def usable(given: Path) -> tuple[Recipe, str]:
     from slimkit.errors import RecipeError
     from slimkit.recipe import Recipe
 
-    demo = str(given) == "demo"
-    path = Path(__file__).parent.parent / "demo" / "recipe.yaml" if demo else given
+    path = located(given)
     found = problems(path)
     if found:
         raise RecipeError(f"{path} cannot be used:", found)
-    return Recipe.read(path), "demo" if demo else path.stem
+    return Recipe.read(path), "demo" if str(given) == "demo" else path.stem
 
 
 def sayer(quiet: bool) -> Callable[[str], None]:

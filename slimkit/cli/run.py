@@ -17,10 +17,21 @@ import click
 )
 @click.option("--epochs", type=click.IntRange(min=0), help="Instead of the recipe's max_epochs.")
 @click.option("--fresh", is_flag=True, help="Start over; do not go on from an unfinished run.")
+@click.option(
+    "--preflight/--no-preflight", default=True,
+    help="Try the model on each backend first, and train nothing that cannot be exported.  "
+    "[default: yes]",
+)  # fmt: skip
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars, no lines between.")
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def run(
-    recipe: Path, output: Path | None, epochs: int | None, fresh: bool, quiet: bool, as_json: bool
+    recipe: Path,
+    output: Path | None,
+    epochs: int | None,
+    fresh: bool,
+    preflight: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Prune, distil, quantize, export and prove: everything that RECIPE says.
 
@@ -50,7 +61,7 @@ def run(
         from slimkit.training.run import run as run_recipe
 
         try:
-            done = run_recipe(what, target, say=say, fresh=fresh)
+            done = run_recipe(what, target, say=say, fresh=fresh, preflight=preflight)
         except MissedGates as error:
             show(error.release, {}, as_json=as_json)
             raise

@@ -32,6 +32,7 @@ from slimkit.training.deployment import Loaders, Release, deploy, example_of
 from slimkit.training.evaluation import muted
 from slimkit.training.fitting import fit
 from slimkit.training.module import SlimModule
+from slimkit.training.preflight import refuse_untrained
 from slimkit.training.processes import is_first, join, meet, nothing, part
 from slimkit.training.pruning import (
     coupling_of,
@@ -73,7 +74,7 @@ class Timing:
 
 
 def run(
-    recipe: Recipe, output: Path, *, say: Say, fresh: bool = False
+    recipe: Recipe, output: Path, *, say: Say, fresh: bool = False, preflight: bool = True
 ) -> tuple[Release, Timing] | None:
     """Do what `recipe` says and leave the artifact in `output`.
 
@@ -85,6 +86,7 @@ def run(
         output: the artifact's folder.
         say: called with one line at each step.
         fresh: forget an earlier unfinished run.
+        preflight: try the model on each backend before a training begins.
 
     Returns:
         None in a process that only helped the first one to train.
@@ -102,7 +104,7 @@ def run(
     with alone(work):
         prepare(recipe, output, work, fresh, say)
         meet()
-        return _run(recipe, model_import, data_import, output, work, say)
+        return _run(recipe, model_import, data_import, output, work, say, preflight)
 
 
 def _run(
@@ -112,6 +114,7 @@ def _run(
     output: Path,
     work: Path,
     say: Say,
+    preflight: bool = False,
 ) -> tuple[Release, Timing] | None:
     """What follows in each process once the folder `work` is ready."""
     timing = Timing()
@@ -126,6 +129,9 @@ def _run(
     part_of(model, recipe.network)  # one that is not there is said before any training
     if is_first():
         compare_models(model, work)
+    if preflight and _begins(recipe, work):
+        with timing.part("trying the model on each backend"):
+            refuse_untrained(recipe, say)
     if recipe.pretrain is not None and not (work / DENSE).is_file():
         rehearse(
             model, recipe, lambda: build(data_import.model_dump(), "data", pl.LightningDataModule)
@@ -173,6 +179,12 @@ def _needed(recipe: Recipe) -> tuple[Import, Import]:
         gap = "model" if recipe.model is None else "data"
         raise SlimkitError(f"the recipe names no {gap}: add `{gap}: package.module:name`")
     return recipe.model, recipe.data
+
+
+def _begins(recipe: Recipe, work: Path) -> bool:
+    """Whether a training follows, and nothing of it is done yet."""
+    trains = recipe.pretrain is not None or recipe.trainer.max_epochs
+    return bool(trains) and not any((work / name).is_file() for name in (LAST, BEGUN, DENSE))
 
 
 def scan_folder(output: Path) -> Path:

@@ -62,6 +62,22 @@ class Breaking(Data):
         raise ValueError("no such folder: images/")
 
 
+def circular():
+    model = net()
+    model[3].padding_mode = "circular"
+    return model
+
+
+class AgainstTheMean(nn.Sequential):
+    def forward(self, x):
+        x = super().forward(x)
+        return x - x.mean(0)
+
+
+def against_the_mean():
+    return AgainstTheMean(*net())
+
+
 def raising():
     raise ValueError("no such backbone")
 
@@ -307,6 +323,27 @@ def test_bad_input_exits_with_2_and_says_what(project: Project, changes, message
     assert message in done.stderr
     assert "bug in slimkit" not in done.stderr
     assert not (project.folder / "small").exists()
+
+
+def test_what_no_backend_can_run_is_said_before_anything_is_trained(project: Project) -> None:
+    project.write(model="mine:circular", export=["torch", "ncnn"], pretrain={"max_epochs": 1})
+    done = project.here()
+    assert done.returncode == 2, done.stderr
+    assert "ncnn: the file of Ncnn computes something else than the model" in done.stderr
+    assert "\n  torch: " not in done.stderr
+    assert "training the dense model" not in done.stderr
+    assert project.here("--no-preflight", "--epochs", "1").returncode == 2  # at its end
+    assert (project.folder / "small.work" / "last.ckpt").exists()
+    project.write(model="mine:circular", pretrain={"max_epochs": 1})
+    assert project.here("--epochs", "1").returncode == 0  # on it goes, for another backend
+
+
+def test_samples_that_depend_on_each_other_are_said_before_training(project: Project) -> None:
+    project.write(model="mine:against_the_mean", prune=None, quantize={}, distill=False)
+    done = project.here()
+    assert done.returncode == 2, done.stderr
+    assert "computes something else of a sample alone than of two together" in done.stderr
+    assert "epoch 1" not in done.stderr
 
 
 @pytest.mark.parametrize(
