@@ -39,11 +39,12 @@ def measuring_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_timing() -> Iterator[None]:
-    """Files are timed for a tenth of a second: no test is about how fast one is."""
-    from slimkit.deploy.release import release
+    """Files are timed for a tenth of a second, on one thread: no test is about how fast one is."""
+    from slimkit.deploy import release
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(release.__kwdefaults__, "seconds", 0.1)
+        patch.setitem(release.release.__kwdefaults__, "seconds", 0.1)
+        patch.setattr(release, "usable_threads", lambda: 1)
         yield
 
 

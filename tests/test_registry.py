@@ -305,7 +305,7 @@ def test_the_plugin_in_a_hooks_docstring_works_as_it_stands(install, hook):
         str(found)
         for subject in subjects_of("slimkit-example", {})
         for promise in PROMISES[subject.kind]
-        if "network" not in promise.name  # takes a minute
+        if not re.search("network|process|worker", promise.name)  # they take a minute
         if (found := promise.broken(subject))
     ]
     assert broken == []

@@ -130,8 +130,8 @@ class Project:
         )
 
     def here(self, *args: str):
-        """The same without the seconds that a new process takes to import torch."""
-        return self._here(self.folder, *self.command(*args)[3:])
+        """The same without the seconds that a new process and the preflight take."""
+        return self._here(self.folder, *self.command("--no-preflight", *args)[3:])
 
     def manifest(self, name: str = "small") -> dict:
         return json.loads((self.folder / name / "slimkit.json").read_text())
@@ -223,7 +223,12 @@ def test_a_missed_gate_exits_with_3_and_leaves_the_last_good_artifact(project: P
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"data": "mine:Own", "quantize": {"calibration_batches": 2}}],
+    [
+        {},
+        pytest.param(
+            {"data": "mine:Own", "quantize": {"calibration_batches": 2}}, marks=pytest.mark.slow
+        ),
+    ],
     ids=["trained on integers", "calibrated afterwards"],
 )
 def test_a_killed_run_goes_on_with_the_same_command(project: Project, changes) -> None:
@@ -327,12 +332,12 @@ def test_bad_input_exits_with_2_and_says_what(project: Project, changes, message
 
 def test_what_no_backend_can_run_is_said_before_anything_is_trained(project: Project) -> None:
     project.write(model="mine:circular", export=["torch", "ncnn"], pretrain={"max_epochs": 1})
-    done = project.here()
+    done = project.here("--preflight")
     assert done.returncode == 2, done.stderr
     assert "ncnn: the file of Ncnn computes something else than the model" in done.stderr
     assert "\n  torch: " not in done.stderr
     assert "training the dense model" not in done.stderr
-    assert project.here("--no-preflight", "--epochs", "1").returncode == 2  # at its end
+    assert project.here("--epochs", "1").returncode == 2  # at its end
     assert (project.folder / "small.work" / "last.ckpt").exists()
     project.write(model="mine:circular", pretrain={"max_epochs": 1})
     assert project.here("--epochs", "1").returncode == 0  # on it goes, for another backend
@@ -340,7 +345,7 @@ def test_what_no_backend_can_run_is_said_before_anything_is_trained(project: Pro
 
 def test_samples_that_depend_on_each_other_are_said_before_training(project: Project) -> None:
     project.write(model="mine:against_the_mean", prune=None, quantize={}, distill=False)
-    done = project.here()
+    done = project.here("--preflight")
     assert done.returncode == 2, done.stderr
     assert "computes something else of a sample alone than of two together" in done.stderr
     assert "epoch 1" not in done.stderr
@@ -368,9 +373,9 @@ def test_wrong_distillation_is_said_before_the_dense_model_is_trained(
     assert "training the dense model" not in done.stderr
 
 
-def test_looking_at_distillation_before_changes_nothing(project: Project, monkeypatch) -> None:
-    project.write(pretrain={"max_epochs": 1}, quantize=None)
-    assert project.here("-o", "one").returncode == 0
+def test_looking_before_a_training_changes_nothing(project: Project, monkeypatch) -> None:
+    project.write(pretrain={"max_epochs": 1})
+    assert project.here("-o", "one", "--preflight").returncode == 0
     monkeypatch.setattr("slimkit.training.run.rehearse", lambda *args: None)
     assert project.here("-o", "two").returncode == 0
     name = "weights.safetensors"
@@ -418,7 +423,10 @@ def test_sigterm_is_not_blamed_on_the_plugin_at_work(project: Project, monkeypat
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
-        ("TERM", 143, "Error: stopped by SIGTERM: the same command goes on from"),
+        pytest.param(
+            *("TERM", 143, "Error: stopped by SIGTERM: the same command goes on from"),
+            marks=pytest.mark.slow,
+        ),
         ("INT", 130, "Interrupted."),
     ],
 )
