@@ -141,7 +141,7 @@ def _call(
     found = source.read(module)
     names = found.names() if found else None
     if names is not None and name not in names:
-        raise SlimkitError(f"{module!r} has no {name!r}{did_you_mean(name, names)}")
+        raise SlimkitError(f"{module!r} has no {name!r}{did_you_mean(name, sorted(names))}")
     definition = found.find(name) if found else None
     if not definition or definition.parameters is None:
         return  # what it takes cannot be known from here

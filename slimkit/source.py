@@ -16,6 +16,7 @@ from slimkit.errors import SlimkitError, did_you_mean
 
 # Their constructors take no options, so a class on top of them has only its own.
 _PLAIN_BASES = "slimkit.interfaces"
+_MAKING = ("globals", "exec")  # of names, in a module or in its functions
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Source:
     def names(self) -> set[str] | None:
         """Everything that can be imported from it, or None where the source does not tell."""
         bound = set(_bound(self.tree.body))
-        return None if bound & {"*", "__getattr__"} else bound
+        hidden = any(isinstance(n, ast.Name) and n.id in _MAKING for n in ast.walk(self.tree))
+        return None if hidden or bound & {"*", "__getattr__"} else bound
 
     def find(self, name: str) -> Definition | None:
         """The class or function of that name, if it is defined at the top of this file."""
@@ -206,7 +208,7 @@ def _bound(body: Iterable[ast.AST]) -> Iterator[str]:
                 pass
             case ast.GeneratorExp():
                 pass
-            case ast.Call(func=ast.Name(id="globals")):
+            case ast.Call(func=ast.Name(id="vars" | "locals" | "setattr")):
                 yield "*"
             case _:
                 yield from _bound(ast.iter_child_nodes(node))

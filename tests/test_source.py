@@ -140,7 +140,16 @@ def test_names_are_what_an_import_would_find(here):
 
 
 @pytest.mark.parametrize(
-    "text", ["from os import *", "def __getattr__(name): ...", "globals()['x'] = 1"]
+    "text",
+    [
+        "from os import *",
+        "def __getattr__(name): ...",
+        "globals()['x'] = 1",
+        "def register(name):\n    globals()[name] = 1",
+        "exec('x = 1')",
+        "import sys\nsetattr(sys.modules[__name__], 'x', 1)",
+        "vars()['x'] = 1",
+    ],
 )
 def test_names_are_unknown_where_they_are_made_at_run_time(here, text):
     (here / "dynamic_names.py").write_text(text)

@@ -30,6 +30,7 @@ from slimkit.training.draws import Draws
 from slimkit.training.evaluation import muted
 from slimkit.training.finite import check_finite
 from slimkit.training.ranks import several
+from slimkit.training.strategies import refuse_copies
 
 _LIGHTNING = tuple(str(Path(library.__path__[0])) for library in (pl, lightning_fabric))
 
@@ -101,10 +102,12 @@ def _trainer(
         bar = RichProgressBar(leave=False, console_kwargs={"stderr": True})
         arguments["callbacks"].append(bar)
     try:
-        return pl.Trainer(**arguments)
+        trainer = pl.Trainer(**arguments)
     except Exception as error:  # it raises whatever its parts raise
         told = " ".join(str(error).split())
         raise SlimkitError(f"trainer: Lightning refuses these arguments: {told}") from error
+    refuse_copies(trainer, "a run")
+    return trainer
 
 
 @contextmanager

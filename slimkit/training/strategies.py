@@ -11,6 +11,20 @@ from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from slimkit.errors import SlimkitError
 
 
+def refuse_copies(trainer: pl.Trainer, doing: str) -> None:
+    """Refuse strategies that train in copies of this process.
+
+    Raises:
+        SlimkitError: it is such a one.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise SlimkitError(
+            f"{doing} works with DDP as processes of their own, not as copies of this one "
+            "(ddp_spawn, ddp_fork, ddp_notebook), from which weights of another shape do not come "
+            "back: use strategy: ddp"
+        )
+
+
 def check_strategy(trainer: pl.Trainer, doing: str, instead: str) -> None:
     """Refuse strategies under which a process does not hold whole weights.
 
@@ -23,12 +37,7 @@ def check_strategy(trainer: pl.Trainer, doing: str, instead: str) -> None:
         SlimkitError: it is neither one device nor DDP.
     """
     strategy = trainer.strategy
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        raise SlimkitError(
-            f"{doing} works with DDP as processes of their own, not as copies of this one "
-            "(ddp_spawn, ddp_fork, ddp_notebook), from which weights of another shape do not come "
-            "back: use strategy: ddp"
-        )
+    refuse_copies(trainer, doing)
     if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
         raise SlimkitError(
             f"{doing} works on one device or with DDP, not with {type(strategy).__name__}, under "

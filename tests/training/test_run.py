@@ -581,6 +581,8 @@ def test_a_training_that_diverges_is_no_artifact(project: Project) -> None:
         ({"precision": "bf17"}, "bf17"),
         ({"val_check_interval": 1000}, "val_check_interval"),
         ({"accumulate_grad_batches": 0}, "ZeroDivisionError"),
+        ({"strategy": "ddp_spawn"}, "use strategy: ddp"),
+        ({"strategy": "fsdp"}, "requires a GPU"),
         ({"barebones": True}, "barebones"),
         ({"logger": "csv"}, "trainer: logger: must be true or false"),
         ({"callbacks": ["EarlyStopping"]}, "trainer: callbacks: a recipe cannot name them"),
