@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 
-from slimkit.errors import SlimkitError, did_you_mean
+from slimkit.errors import SlimkitError, did_you_mean, in_one_line
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def complete_(model: Model, path: str | None = None) -> Model:
+    """The model, built now where it is a LightningModule that builds in `configure_model`.
+
+    Nothing is built where there are weights already, and nothing is built again by Lightning.
+
+    Args:
+        model: changed in place.
+        path: of the part that is compressed.
+
+    Raises:
+        SlimkitError: it cannot build without a Trainer, or fails otherwise.
+    """
+    build = getattr(model, "configure_model", None)
+    if callable(build) and not _has_weights(model, path):
+        try:
+            build()
+        except Exception as error:  # whatever a user's code raises
+            raise SlimkitError(
+                f"configure_model of {type(model).__name__} fails before there is a Trainer "
+                f"({in_one_line(error)}): build the network there without one, or in __init__"
+            ) from error
+        if _has_weights(model, path):
+            model.configure_model = _nothing  # type: ignore[assignment]
+    return model
+
+
+def _has_weights(model: nn.Module, path: str | None) -> bool:
+    part = model if path is None else dict(model.named_modules(remove_duplicate=False)).get(path)
+    return part is not None and next(part.parameters(), None) is not None
+
+
+def _nothing() -> None:
+    """In place of a `configure_model` that has been called."""
 
 
 def part_of(model: nn.Module, path: str | None) -> nn.Module:

@@ -90,9 +90,11 @@ def compare(
     built_by = {"target": model} if model is not None else recipe.get("model")
     dense = build(built_by, "model", nn.Module) if built_by else None
     if dense is not None:
+        from slimkit.parts import complete_
         from slimkit.training.entering import entered
 
-        batches = entered(batches, uncompiled_(dense), recipe.get("network"))
+        dense = complete_(uncompiled_(dense), recipe.get("network"))
+        batches = entered(batches, dense, recipe.get("network"))
     results = []
     for file in reopen(artifact, dense, backend=backend):
         found = file.agreement(batches, inputs)

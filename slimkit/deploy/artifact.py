@@ -20,7 +20,7 @@ from slimkit.deploy.provenance import compare_versions, record, used_by
 from slimkit.errors import ArtifactError, SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Grid, Scheme
-from slimkit.parts import part_of
+from slimkit.parts import complete_, part_of
 from slimkit.pruning.removal import remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.quantization.fake import FakeQuantization, Fixed, QuantizedModel
@@ -191,14 +191,15 @@ def _network(
 ) -> nn.Module | None:
     """What the user's function builds, or the part of it at `path`, before anything is cut."""
     if isinstance(model, nn.Module):
-        return part_of(copied(model), path).cpu()
+        return part_of(complete_(copied(model), path), path).cpu()
     if model is not None:
         made = model()
         if not isinstance(made, nn.Module):
             raise ArtifactError(f"model() must return an nn.Module, not {type(made).__name__}")
-        return part_of(uncompiled_(made), path).cpu()
+        return part_of(complete_(uncompiled_(made), path), path).cpu()
     if content.get("model"):
-        return part_of(uncompiled_(build(content["model"], "model", nn.Module)), path)
+        made = uncompiled_(build(content["model"], "model", nn.Module))
+        return part_of(complete_(made, path), path)
     return None
 
 

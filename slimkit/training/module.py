@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimkit.batches import as_inputs
 from slimkit.copies import compiled_parts
 from slimkit.errors import SlimkitError
-from slimkit.parts import part_of
+from slimkit.parts import complete_, part_of
 from slimkit.pruning.removal import remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.sensitivity import Curve
@@ -83,16 +83,6 @@ class Progress:
     twins: list[tuple[str, str]] = field(default_factory=list)
 
 
-def _comes_late(module: nn.Module, path: str | None) -> bool:
-    """Whether a LightningModule has no network before its `configure_model`."""
-    if not isinstance(module, pl.LightningModule) or not overrides(module, "configure_model"):
-        return False
-    try:
-        return next(network_of(module, path).parameters(), None) is None
-    except SlimkitError:  # there is no such part yet
-        return True
-
-
 class SlimModule(pl.LightningModule):
     """Wraps a module so that fitting it prunes, distils and quantizes it as a recipe says.
 
@@ -121,10 +111,7 @@ class SlimModule(pl.LightningModule):
         self.curves: Sequence[Curve] | None = None  # for prune.ratios: sensitivity
         self.announce: Callable[[str], None] = _announce
         self._compiled = compiled_parts(module)
-        own = own_copy(module)
-        self._built = _comes_late(own, self.recipe.network)
-        if self._built:
-            own.configure_model()  # type: ignore[operator]  # builds what training begins with
+        own = complete_(own_copy(module), self.recipe.network)
         self.inner: pl.LightningModule
         if isinstance(own, pl.LightningModule):
             self.inner = own
@@ -219,13 +206,11 @@ class SlimModule(pl.LightningModule):
         return self._simulated(self.inner.forward)(*args, **kwargs)
 
     def _configure_inner(self) -> None:
-        """Ask the wrapped module for what it builds late, unless it was built to be wrapped.
+        """Ask the wrapped module for what it builds late.
 
         Raises:
             SlimkitError: it makes another network than the one that was wrapped.
         """
-        if self._built:
-            return
         before = list(self.network.parameters())
         self.inner.configure_model()
         now = network_of(self.inner, self.recipe.network)

@@ -20,7 +20,7 @@ from slimkit.copies import uncompiled_
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Criterion
-from slimkit.parts import part_of
+from slimkit.parts import complete_, part_of
 from slimkit.pruning.prune import cut_to_target_
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.sparsity import zero_
@@ -124,6 +124,7 @@ def _run(
     _check_loaders(data, recipe)
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     model = uncompiled_(build(model_import.model_dump(), "model", nn.Module))
+    model = complete_(model, recipe.network)
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
     part_of(model, recipe.network)  # one that is not there is said before any training

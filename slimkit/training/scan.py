@@ -16,6 +16,7 @@ from slimkit.copies import uncompiled_
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.journal import Journal
+from slimkit.parts import complete_
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.sensitivity import Sensitivity, rank
 from slimkit.recipe import Recipe
@@ -90,6 +91,7 @@ def trained(recipe: Recipe, say: Callable[[str], None]) -> tuple[nn.Module, pl.L
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     data = build(recipe.data.model_dump(), "data", pl.LightningDataModule)
     model = uncompiled_(build(recipe.model.model_dump(), "model", nn.Module))
+    model = complete_(model, recipe.network)
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
     elif recipe.pretrain is not None:

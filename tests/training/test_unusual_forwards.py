@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
+from little_project import MODULE
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -119,6 +120,63 @@ def test_networks_that_come_late_or_load_loosely_are_taken(kind, recipe) -> None
     slim = fitted(kind(), recipe)
     assert slim.state.cut if "prune" in recipe else slim.fake.state == "quantize"
     assert slim.inner.model is slim.network.model
+
+
+class Waiting(Plain):
+    """Builds its network by what a Trainer knows."""
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+        self.model = None
+
+    def configure_model(self) -> None:
+        self.model = net() if self.trainer.max_epochs else nn.Identity()
+
+
+def test_a_network_that_waits_for_a_trainer_is_refused_with_the_way_out() -> None:
+    with pytest.raises(SlimkitError, match="configure_model of Waiting fails before there is a T"):
+        SlimModule(Waiting(), PRUNE)
+
+
+RECIPE = """
+model: late:Late
+network: net
+data: late:Data
+prune: {target: {flops: 0.6}}
+export: [torch]
+trainer: {max_epochs: 1, accelerator: cpu}
+"""
+LATE = (
+    MODULE
+    + """
+import pytorch_lightning as pl
+
+
+class Late(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        self.net = net()
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+"""
+)
+
+
+def test_a_recipe_of_a_network_that_comes_late_runs_and_loads(tmp_path, here) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    done = here(tmp_path, "run", "recipe.yaml", "-o", "small")
+    assert done.returncode == 0, done.stderr
+    done = here(tmp_path, "compare", "small")
+    assert done.returncode == 0, done.stderr
+    assert here(tmp_path, "check", "recipe.yaml", "--targets").returncode == 0
 
 
 @ignored
