@@ -324,7 +324,7 @@ class Backend(ABC):
 
     least_db: ClassVar[float] = 40.0
     """Signal to difference on the example, in decibels, below which a float file is refused: it
-    computes something else than the model. Files in float32 keep over 100: say 60 there. Runtimes
+    computes something else than the model. Files in float32 keep over 100: say 80 there. Runtimes
     that keep 8 bits of each number want less."""
 
     def check(self, deployable: Deployable) -> list[str]:  # noqa: ARG002  (the default knows none)

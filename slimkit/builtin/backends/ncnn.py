@@ -41,7 +41,7 @@ class Ncnn(Backend):
     """
 
     channel_multiple = 8
-    least_db = 60.0
+    least_db = 80.0
     scheme = Scheme(
         activations=Grid(bits=8),
         weights=Grid(bits=8, per_channel=True),

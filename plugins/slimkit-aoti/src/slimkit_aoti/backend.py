@@ -42,6 +42,7 @@ class Aoti(Backend):
     """
 
     channel_multiple = 16  # of oneDNN's integer kernels
+    least_db = 80.0
     scheme: ClassVar[Scheme] = Scheme(
         activations=Grid(bits=8, signed=False, symmetric=False),
         weights=Grid(bits=8, per_channel=True),

@@ -32,7 +32,7 @@ class LiteRt(Backend):
     """
 
     channel_multiple = 8
-    least_db = 60.0
+    least_db = 80.0
     scheme = Scheme(
         activations=Grid(bits=8, signed=True, symmetric=False),
         weights=Grid(bits=8, per_channel=True),

@@ -68,7 +68,7 @@ class OpenVino(Backend):
 
     def __init__(self, *, precision: Literal["f32", "bf16", "auto"] = "f32") -> None:
         self.precision = precision
-        self.least_db = 60.0 if precision == "f32" else 20.0  # type: ignore[misc]
+        self.least_db = 80.0 if precision == "f32" else 20.0  # type: ignore[misc]
         self._trial = Trial[dict[str, bytes]]()
 
     def check(self, deployable: Deployable) -> list[str]:
