@@ -58,6 +58,7 @@ class QuantizationCallback(pl.Callback):
         self.backend = backend.name
         self.scheme = scheme_of(backend, recipe)
         self._frozen: set[str] = set()  # what has been said to be
+        self._tried = False
         chosen = recipe.activations
         learned = learns(maker(chosen.model_dump())(self.scheme.activations))
         if learned and recipe.observe == "always":
@@ -85,6 +86,9 @@ class QuantizationCallback(pl.Callback):
         assert self.recipe.train_from is not None
         now = progress(trainer, batch_idx)
         if now < self.recipe.train_from:
+            if not self._tried:  # so that what no file can hold is said before any training
+                self.module.entry.tried(batch)
+                self._tried = True
             return
         module, state = self.module, self.module.state
         if module.fake is None:

@@ -122,6 +122,24 @@ def test_networks_that_come_late_or_load_loosely_are_taken(kind, recipe) -> None
     assert slim.inner.model is slim.network.model
 
 
+class Compared(Plain):
+    """Subtracts what the other samples of a batch have in common."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model(x)
+        return x - x.mean(0)
+
+
+@ignored
+def test_samples_that_depend_on_each_other_are_said_at_the_first_batch() -> None:
+    steps = []
+    model = Compared()
+    model.register_forward_pre_hook(lambda module, _: steps.append(1) if module.training else None)
+    with pytest.raises(SlimkitError, match="something else of a sample alone than of two"):
+        fitted(model, QUANTIZE)
+    assert steps == []
+
+
 class Waiting(Plain):
     """Builds its network by what a Trainer knows."""
 
