@@ -307,7 +307,9 @@ class TimedRunner(Protocol):
 class Backend(ABC):
     """Compiles a finished model into files and runs them; slimkit measures.
 
-    Options are keyword-only arguments of the constructor, typed and with defaults.
+    Options are keyword-only arguments of the constructor, typed and with defaults. Where an
+    instance has them as attributes of the same names, an artifact that it was given for holds them,
+    and its files are opened with them again.
     """
 
     scheme: ClassVar[Scheme]

@@ -42,6 +42,7 @@ class Contents:
         program: the finished model as a graph, kept where no such function is known.
         recipe: the recipe as plain data.
         used: (kind, name) of plugins used beside those that the models themselves tell.
+        options: backend -> the options of its constructor, where no recipe has them.
         metrics: whatever was measured, as plain data.
     """
 
@@ -51,6 +52,7 @@ class Contents:
     program: torch.export.ExportedProgram | None = None
     recipe: Mapping[str, Any] | None = None
     used: list[tuple[str, str]] = field(default_factory=list)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -81,6 +83,7 @@ def write(directory: Path, contents: Contents) -> None:
             "model": contents.model,
             "recipe": contents.recipe,
             "plugins": record([*contents.used, *used_by(contents.network, contents.quantized)]),
+            "options": contents.options,
             "metrics": contents.metrics,
             "rewriting": [] if rewriting is None else rewriting.as_list(),
             "pruning": None if report is None else asdict(report),

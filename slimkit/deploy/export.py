@@ -19,6 +19,7 @@ from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.deployed import MISREAD, Deployed, compile_, open_
 from slimkit.deploy.folder import check_target, replacing
 from slimkit.deploy.layers import LEAST_DB, SAMPLES, LayerReport, per_layer
+from slimkit.deploy.provenance import options_of
 from slimkit.deploy.release import Row, release
 from slimkit.errors import ExportError, SlimkitError
 from slimkit.interfaces import Backend
@@ -199,6 +200,7 @@ def export(
                 {name: own} if isinstance(own, QuantizedModel) else {},
                 program=deployable.program,
                 used=used,
+                options={name: options_of(target)},
                 metrics={"rows": [row.as_dict() for row in rows]},
             ),
         )

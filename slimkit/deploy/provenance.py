@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from slimkit.interfaces import Backend
 from slimkit.quantization.fake import Choice, QuantizedModel
 from slimkit.registry import discover
 
@@ -37,6 +41,17 @@ def record(used: Iterable[Used]) -> list[dict[str, str | None]]:
         package, version = (plugin.package, plugin.version) if plugin else (None, None)
         lines.append({"kind": kind, "name": name, "package": package, "version": version})
     return lines
+
+
+def options_of(backend: Backend) -> dict[str, Any]:
+    """What a backend was made with, by its attributes, where it is not the default."""
+    found = {}
+    for name, option in inspect.signature(type(backend)).parameters.items():
+        value = getattr(backend, name, option.default)
+        if value != option.default:
+            with contextlib.suppress(TypeError, ValueError):  # JSON does not hold it
+                found[name] = json.loads(json.dumps(value, allow_nan=False))
+    return found
 
 
 def compare_versions(recorded: Sequence[Mapping[str, Any]]) -> None:

@@ -152,9 +152,10 @@ def reopen(
 
 
 def _options(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options that the recipe gave each backend."""
+    """The options that each backend was given, by the recipe or by whoever made it."""
     recipe = manifest.get("recipe") or {}
-    return {ref["name"]: ref.get("options") or {} for ref in recipe.get("export", [])}
+    given = {ref["name"]: ref.get("options") or {} for ref in recipe.get("export", [])}
+    return {**manifest.get("options", {}), **given}
 
 
 def _inputs(batches: Iterable[Any], network: nn.Module, most: int) -> Iterable[tuple[Any, ...]]:

@@ -17,10 +17,11 @@ from nets import conv_norm, normal, residual_net
 from torch import nn
 
 import slimkit
+from slimkit.builtin.backends.reference import Reference
 from slimkit.deploy.artifact import _scheme_in, _scheme_out
 from slimkit.deploy.reopening import reopen
 from slimkit.errors import ArtifactError, ExportError, SlimkitError
-from slimkit.interfaces import Criterion
+from slimkit.interfaces import Criterion, Runner
 from slimkit.registry import discover
 
 X = normal(6, 3, 8, 8, seed=3)
@@ -361,6 +362,29 @@ def test_nothing_is_compared_on_what_is_no_number(tmp_path) -> None:
     (opened,) = reopen(tmp_path / "a", net)
     with pytest.raises(SlimkitError, match="the data holds NaN"):
         opened.agreement([torch.full((2, 4), torch.nan)])
+
+
+class Halved(Reference):
+    """Gives a share of each output."""
+
+    def __init__(self, *, share: float = 1.0, note: object = None) -> None:
+        self.share, self.note = share, note
+
+    def load(self, directory: Path, threads: int = 1) -> Runner:
+        run = super().load(directory, threads)
+        return lambda *inputs: [self.share * out for out in run(*inputs)]
+
+
+def test_files_are_opened_with_the_options_that_they_were_made_with(tmp_path, monkeypatch) -> None:
+    known = discover()
+    monkeypatch.setattr(type(known), "name_of", lambda *_: "halved")
+    made = Halved(share=1.0000001, note=object())  # of which JSON holds the first
+    slimkit.export(nn.Linear(4, 4), torch.ones(2, 4), made, directory=tmp_path / "a")
+    asked = []
+    monkeypatch.setattr(type(known), "create", lambda *given: asked.append(given[1:]) or made)
+    (opened,) = reopen(tmp_path / "a")
+    assert asked == [("backend", "halved", {"share": 1.0000001})]
+    assert opened.backend is made
 
 
 def test_an_artifact_of_an_instance_is_opened_by_the_name_of_its_plugin(tmp_path) -> None:

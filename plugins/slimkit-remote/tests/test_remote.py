@@ -18,6 +18,7 @@ import slimkit
 from slimkit.deploy.deployed import Deployed, compile_
 from slimkit.deploy.measurement import measure, usable_threads
 from slimkit.deploy.memory import peaks
+from slimkit.deploy.reopening import reopen
 from slimkit.importing import backend_named
 from slimkit.interfaces import Backend, TimedRunner
 
@@ -129,6 +130,17 @@ def test_nothing_stays_on_the_board(server: Loopback, tmp_path: Path) -> None:
     while list(there.iterdir()) and time.monotonic() < end:
         time.sleep(0.05)
     assert list(there.iterdir()) == []
+
+
+def test_an_artifact_is_opened_on_the_board_that_it_was_made_with(
+    server: Loopback, tmp_path: Path
+) -> None:
+    remote = Remote(backend="ncnn", **server.options)
+    slimkit.export(network(), X, remote, directory=tmp_path / "a")
+    (opened,) = reopen(tmp_path / "a")
+    assert opened.backend.place == remote.place
+    assert opened.backend.runtime == "ncnn"
+    assert opened.agreement([X]).share == 1.0
 
 
 def test_a_large_input_passes_whole(server: Loopback, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,7 @@ class Remote(Backend):
     ) -> None:
         self.runtime = backend
         self.place = Place(host, user, port, key, known_hosts, python, folder, timeout)
+        vars(self).update(asdict(self.place), backend=backend)  # for an artifact to hold
         self._local = backend_named(backend)
         # facts of the class elsewhere, here of what it stands on
         self.scheme = self._local.scheme  # type: ignore[misc]
