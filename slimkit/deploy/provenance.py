@@ -47,10 +47,10 @@ def options_of(backend: Backend) -> dict[str, Any]:
     """What a backend was made with, by its attributes, where it is not the default."""
     found = {}
     for name, option in inspect.signature(type(backend)).parameters.items():
-        value = getattr(backend, name, option.default)
-        if value != option.default:
-            with contextlib.suppress(TypeError, ValueError):  # JSON does not hold it
-                found[name] = json.loads(json.dumps(value, allow_nan=False))
+        with contextlib.suppress(TypeError, ValueError):  # JSON does not hold it
+            value = json.loads(json.dumps(getattr(backend, name, option.default), allow_nan=False))
+            if value != option.default:
+                found[name] = value
     return found
 
 
