@@ -17,8 +17,8 @@ second table's pretrained teachers did), and on the 1,000 test images. With --ca
 table's images are not augmented, and what the pretrained teachers give is computed once and read
 back in every epoch. (benchmarks/distillation.md was made in two runs on two processors: with
 --tables pruned --seeds 0 --images 10000 --epochs 4 --dense-epochs 10, and with --tables taught
---cached --seeds 0 --images 5000 --held-out 5000 --taught-epochs 18.) What is finished lies in --work and is not made again; a killed run goes on
-from its last epoch.
+--cached --seeds 0 --images 5000 --held-out 5000 --taught-epochs 18.) What is finished lies in
+--work and is not made again; a killed run goes on from its last epoch.
 """
 
 from __future__ import annotations
