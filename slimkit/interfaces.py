@@ -308,8 +308,8 @@ class Backend(ABC):
     """Compiles a finished model into files and runs them; slimkit measures.
 
     Options are keyword-only arguments of the constructor, typed and with defaults. Where an
-    instance has them as attributes of the same names, an artifact that it was given for holds them,
-    and its files are opened with them again.
+    instance has them as attributes of the same names and JSON holds them, an artifact that it was
+    given for keeps them, and its files are opened with them again.
     """
 
     scheme: ClassVar[Scheme]

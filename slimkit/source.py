@@ -16,7 +16,7 @@ from slimkit.errors import SlimkitError, did_you_mean
 
 # Their constructors take no options, so a class on top of them has only its own.
 _PLAIN_BASES = "slimkit.interfaces"
-_MAKING = ("globals", "exec")  # of names, in a module or in its functions
+_SPACES = ("globals", "vars", "locals")
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class Source:
     def names(self) -> set[str] | None:
         """Everything that can be imported from it, or None where the source does not tell."""
         bound = set(_bound(self.tree.body))
-        hidden = any(isinstance(n, ast.Name) and n.id in _MAKING for n in ast.walk(self.tree))
-        return None if hidden or bound & {"*", "__getattr__"} else bound
+        return None if _makes_names(self.tree) or bound & {"*", "__getattr__"} else bound
 
     def find(self, name: str) -> Definition | None:
         """The class or function of that name, if it is defined at the top of this file."""
@@ -208,10 +207,28 @@ def _bound(body: Iterable[ast.AST]) -> Iterator[str]:
                 pass
             case ast.GeneratorExp():
                 pass
-            case ast.Call(func=ast.Name(id="vars" | "locals" | "setattr")):
-                yield "*"
             case _:
                 yield from _bound(ast.iter_child_nodes(node))
+
+
+def _makes_names(tree: ast.Module) -> bool:
+    """Whether a module writes into its own names, at its top or in a function."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="exec")):
+                return True
+            case ast.Subscript(value=ast.Call(func=ast.Name(id=name)), ctx=ast.Store()):
+                if name in _SPACES:
+                    return True
+            case ast.Assign(value=ast.Call(func=ast.Name(id=name))):
+                if name in _SPACES:
+                    return True
+            case ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Name(id=name)), attr=method)):
+                if name in _SPACES and method in ("update", "setdefault", "__setitem__"):
+                    return True
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    modules = any(isinstance(n, ast.Attribute) and n.attr == "modules" for n in ast.walk(tree))
+    return modules and "setattr" in names
 
 
 def _assigned(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:

@@ -149,12 +149,21 @@ def test_names_are_what_an_import_would_find(here):
         "exec('x = 1')",
         "import sys\nsetattr(sys.modules[__name__], 'x', 1)",
         "vars()['x'] = 1",
+        "globals().update(x=1)",
+        "here = globals()\nhere['x'] = 1",
     ],
 )
 def test_names_are_unknown_where_they_are_made_at_run_time(here, text):
     (here / "dynamic_names.py").write_text(text)
     invalidate_caches()
     assert source.read("dynamic_names").names() is None
+
+
+def test_reading_names_at_run_time_hides_none(here):
+    text = "def make(name): return globals()[name]()\nclass A: pass\nsetattr(A, 'x', 1)\nvars(A)"
+    (here / "reading_names.py").write_text(text)
+    invalidate_caches()
+    assert source.read("reading_names").names() == {"make", "A"}
 
 
 def test_parameters_carry_annotation_and_default_as_written(here):

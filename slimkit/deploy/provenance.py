@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -43,14 +43,21 @@ def record(used: Iterable[Used]) -> list[dict[str, str | None]]:
     return lines
 
 
-def options_of(backend: Backend) -> dict[str, Any]:
-    """What a backend was made with, by its attributes, where it is not the default."""
-    found = {}
-    for name, option in inspect.signature(type(backend)).parameters.items():
-        with contextlib.suppress(TypeError, ValueError):  # JSON does not hold it
-            value = json.loads(json.dumps(getattr(backend, name, option.default), allow_nan=False))
-            if value != option.default:
-                found[name] = value
+def options_of(name: str, backend: Backend) -> dict[str, Any]:
+    """What a backend was made with, by its attributes, where it is not the default.
+
+    Nothing, where the plugin of that name cannot be made with it again.
+    """
+    found: dict[str, Any] = {}
+    try:
+        for option, known in inspect.signature(type(backend)).parameters.items():
+            value = getattr(backend, option, known.default)
+            if value != known.default:
+                value = str(value) if isinstance(value, Path) else value
+                found[option] = json.loads(json.dumps(value, allow_nan=False))
+        discover().create("backend", name, found)
+    except Exception:  # attributes that are no options, or hold what JSON does not
+        return {}
     return found
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from slimkit.batches import samples_of, to_cpu
+from slimkit.batches import first_sample, samples_of, to_cpu
 from slimkit.deploy.preflight import Preflight, preflight
-from slimkit.errors import SlimkitError
-from slimkit.recipe import Recipe
+from slimkit.errors import SlimkitError, in_one_line
+from slimkit.recipe import Quantize, Recipe
 from slimkit.registry import discover
+from slimkit.rewriting.rewrite import rewrite_
 from slimkit.training.classification import lightning_of
+from slimkit.training.copies import own_copy
 from slimkit.training.deployment import Loaders
 from slimkit.training.entering import Entry
 from slimkit.training.scan import trained
@@ -20,9 +25,7 @@ SAMPLES = 8
 """Of the first training batch, on which int8 finds its ranges here."""
 
 
-def preflight_of(
-    recipe: Recipe, say: Callable[[str], None], *, quantized: bool = True
-) -> list[Preflight]:
+def preflight_of(recipe: Recipe, say: Callable[[str], None]) -> list[Preflight]:
     """What each backend of `export` makes of the recipe's model, float and int8.
 
     The model is built and rewritten as the recipe says, its first training batch gives the shapes;
@@ -31,7 +34,6 @@ def preflight_of(
     Args:
         recipe: names model, data and backends.
         say: called with a line where the model is not the one that will be exported.
-        quantized: whether int8 is tried where the recipe quantizes.
 
     Raises:
         SlimkitError: model or data cannot be built.
@@ -47,49 +49,84 @@ def preflight_of(
         ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
     }
     section = recipe.quantize
-    if section is None or not quantized:
-        return preflight(entry.network.eval(), inputs, backends, quantized=False)
-    return preflight(
-        entry.network.eval(),
-        inputs,
-        backends,
-        weights=section.weights.model_dump(),
-        keep_float=section.keep_float,
-        weight_bits=section.weight_bits,
-    )
+    wanted = section is not None
+    return preflight(entry.network.eval(), inputs, backends, **_options(section), quantized=wanted)
 
 
-def refuse_untrained(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Stop before a training whose float file a backend of `export` could not make or run.
+def refuse_untrained(
+    model: nn.Module, recipe: Recipe, data: Callable[[], Any], say: Callable[[str], None]
+) -> None:
+    """Stop before a training whose float files a backend of `export` could not make or run.
 
     int8 is tried where the training will be quantization-aware, and what stands in its way is said
-    only: pruning may change it. What is rounded after a training can still be chosen then. Random
-    numbers go on where they were.
+    only: pruning may change it. What is rounded after a training can still be chosen then. Where
+    no batch can be had without a Trainer, that is said, and nothing is tried. Model and random
+    numbers stay as they are.
 
     Args:
-        recipe: names model, data and backends.
-        say: called with one line for each problem of int8.
+        model: with its weights; not changed.
+        recipe: names the backends.
+        data: builds the data module anew.
+        say: called with one line at each step.
 
     Raises:
-        SlimkitError: a file that the export makes in any case is impossible.
+        SlimkitError: a float file that the export makes in any case is impossible.
     """
     say(f"trying the model on {', '.join(ref.name for ref in recipe.export)}, before any training")
-    aware = recipe.quantize is not None and recipe.quantize.train_from is not None
     with isolate_rng():
-        found = preflight_of(recipe, lambda _line: None, quantized=aware)
-    for result in found:
-        if result.kind != "float":
-            for problem in result.problems:
-                say(f"{result.backend}, {result.kind}: {problem}")
-    refused = [
-        f"{result.backend}: {problem}"
-        for result in found
-        if result.kind == "float"
-        for problem in result.problems
-    ]
+        try:
+            inner = lightning_of(own_copy(model), recipe.optimizer).cpu()
+            entry = Entry(inner, recipe.network)
+            batch = next(iter(Loaders(data(), inner).calibration()), None)
+            given = () if batch is None else samples_of(to_cpu(entry(batch)), 0, SAMPLES)
+        except Exception as error:  # data and steps may ask for a Trainer, which there is none of
+            say(f"it cannot be tried before there is a Trainer: {in_one_line(error)}")
+            return
+        if not given:
+            return  # said by the training
+        network = entry.network.float().eval()
+        inputs = tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, given)
+        refused = _refused(network, inputs, recipe, say)
     if refused:
         head = (
             "the model cannot be exported as it is, so nothing was trained (take the backend out "
             "of export, change the model, or train all the same with --no-preflight):"
         )
         raise SlimkitError("\n  ".join([head, *refused]))
+
+
+def _refused(
+    network: nn.Module, inputs: tuple[Any, ...], recipe: Recipe, say: Callable[[str], None]
+) -> list[str]:
+    """What each backend says against the network in float, as it is and rewritten."""
+    backends = {
+        ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
+    }
+    networks = [network]
+    if recipe.rewrite:
+        networks.append(own_copy(network))
+        chosen = [rewrite.model_dump() for rewrite in recipe.rewrite]
+        rewrite_(networks[1], first_sample(inputs), chosen)
+    found = []
+    for number, one in enumerate(networks):
+        section = recipe.quantize if number + 1 == len(networks) else None
+        aware = section is not None and section.train_from is not None
+        found += preflight(one, inputs, backends, **_options(section), quantized=aware)
+    for result in found:
+        if result.kind != "float":
+            for problem in result.problems:
+                say(f"{result.backend}, {result.kind}: {problem}")
+    floats = (result for result in found if result.kind == "float")
+    said = (f"{result.backend}: {problem}" for result in floats for problem in result.problems)
+    return [*dict.fromkeys(said)]
+
+
+def _options(section: Quantize | None) -> dict[str, Any]:
+    """How a recipe's int8 is made, as `preflight` takes it."""
+    if section is None:
+        return {}
+    return {
+        "weights": section.weights.model_dump(),
+        "keep_float": section.keep_float,
+        "weight_bits": section.weight_bits,
+    }

@@ -130,13 +130,17 @@ def _run(
     part_of(model, recipe.network)  # one that is not there is said before any training
     if is_first():
         compare_models(model, work)
-    if preflight and _begins(recipe, work):
-        with timing.part("trying the model on each backend"):
-            refuse_untrained(recipe, say)
     if recipe.pretrain is not None and not (work / DENSE).is_file():
         rehearse(
             model, recipe, lambda: build(data_import.model_dump(), "data", pl.LightningDataModule)
         )
+    if preflight and not several() and _begins(recipe, work):
+        with timing.part("trying the model on each backend"):
+            refuse_untrained(
+                *(model, recipe),
+                lambda: build(data_import.model_dump(), "data", pl.LightningDataModule),
+                say,
+            )
     with timing.part("training the dense model"):
         model = _pretrained(recipe, model, data, work, say)
     module = SlimModule(model, recipe)

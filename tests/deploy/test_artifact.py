@@ -378,13 +378,16 @@ class Halved(Reference):
 def test_files_are_opened_with_the_options_that_they_were_made_with(tmp_path, monkeypatch) -> None:
     known = discover()
     monkeypatch.setattr(type(known), "name_of", lambda *_: "halved")
-    made = Halved(share=1.0000001, note=object())  # of which JSON holds the first
-    slimkit.export(nn.Linear(4, 4), torch.ones(2, 4), made, directory=tmp_path / "a")
-    asked = []
+    made, asked = Halved(share=1.0000001), []
     monkeypatch.setattr(type(known), "create", lambda *given: asked.append(given[1:]) or made)
+    slimkit.export(nn.Linear(4, 4), torch.ones(2, 4), made, directory=tmp_path / "a")
     (opened,) = reopen(tmp_path / "a")
-    assert asked == [("backend", "halved", {"share": 1.0000001})]
+    assert asked == [("backend", "halved", {"share": 1.0000001})] * 2  # when it was written, too
     assert opened.backend is made
+    made.note = object()  # which JSON does not hold
+    slimkit.export(nn.Linear(4, 4), torch.ones(2, 4), made, directory=tmp_path / "b")
+    reopen(tmp_path / "b")
+    assert asked[2:] == [("backend", "halved", {})]
 
 
 def test_an_artifact_of_an_instance_is_opened_by_the_name_of_its_plugin(tmp_path) -> None:

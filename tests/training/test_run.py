@@ -17,7 +17,9 @@ import yaml
 from little_project import MODULE
 
 VARIANTS = """
+import functools
 import signal
+import sys
 
 
 class Own(Data):
@@ -72,6 +74,24 @@ class AgainstTheMean(nn.Sequential):
     def forward(self, x):
         x = super().forward(x)
         return x - x.mean(0)
+
+
+class Asking(Data):
+    def train_dataloader(self):
+        return DataLoader(self.train, 8 // self.trainer.world_size)
+
+
+def half():
+    return net().bfloat16()
+
+
+@functools.cache
+def once():
+    model = net()
+    model[1].register_forward_pre_hook(
+        lambda module, _: print("mode", module.training, file=sys.stderr)
+    )
+    return model
 
 
 def against_the_mean():
@@ -341,6 +361,28 @@ def test_what_no_backend_can_run_is_said_before_anything_is_trained(project: Pro
     assert (project.folder / "small.work" / "last.ckpt").exists()
     project.write(model="mine:circular", pretrain={"max_epochs": 1})
     assert project.here("--epochs", "1").returncode == 0  # on it goes, for another backend
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": "mine:Asking"}, "cannot be tried before there is a Trainer: AttributeError"),
+        ({"model": "mine:half", "trainer": {"precision": "bf16-true"}}, ""),
+    ],
+)
+def test_what_the_training_can_do_is_not_refused_before_it(project: Project, changes, said) -> None:
+    own = {"max_epochs": 1, "accelerator": "cpu", **changes.pop("trainer", {})}
+    project.write(quantize=None, trainer=own, **changes)
+    done = project.here("--preflight")
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr
+
+
+def test_the_preflight_leaves_the_model_as_it_is(project: Project) -> None:
+    project.write(model="mine:once", quantize=None, distill=False)
+    done = project.here("--preflight")
+    assert done.returncode == 0, done.stderr
+    assert "mode True" in done.stderr  # of the very model that the preflight was given
 
 
 def test_samples_that_depend_on_each_other_are_said_before_training(project: Project) -> None:

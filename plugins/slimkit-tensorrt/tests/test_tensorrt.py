@@ -100,6 +100,14 @@ def test_a_channel_that_batch_norm_all_but_silences_keeps_its_bias(tmp_path):
     assert min(difference(model, x[:16], tmp_path).sqnr_db) > 60
 
 
+def test_a_transposed_convolution_in_groups_has_its_scales_by_group(tmp_path):
+    body = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, stride=2, groups=2)
+    x = normal(64, 3, 8, 8)
+    model = quantized(nn.Sequential(*body), x)
+    file_of(model, x, tmp_path)
+    assert min(difference(model, x[:8], tmp_path).sqnr_db) > 40
+
+
 def test_one_convolution_is_integer_arithmetic(tmp_path):
     """Against numpy: round, sum in int64, scale, add the float bias."""
     layer, x = nn.Conv2d(3, 8, 3), normal(8, 3, 9, 9)

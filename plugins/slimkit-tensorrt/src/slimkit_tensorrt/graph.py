@@ -101,4 +101,6 @@ def _overflows(graph: Graph, source: Any, layer: Any) -> bool:
     if len(known) < 3:
         return False
     read, weights, bias = known
+    if weights.size > 1:  # of a transposed convolution, those of one group
+        weights = np.tile(weights, bias.size // weights.size)
     return bool((bias > 2**30 * read * weights).any())
