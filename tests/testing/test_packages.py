@@ -59,7 +59,7 @@ def test_known_packages_are_in_this_repository():
 @pytest.mark.timeout(900)
 def test_the_template_passes_its_own_tests(tmp_path):
     installed(TEMPLATE, tmp_path / "site")
-    path = [str(ROOT), str(tmp_path / "site"), str(TEMPLATE / "src")]
+    path = [str(ROOT), str(ROOT / "tests"), str(tmp_path / "site"), str(TEMPLATE / "src")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
         + ["--rootdir", str(TEMPLATE), str(TEMPLATE / "tests")],

@@ -110,7 +110,7 @@ class Remote(Backend):
         request = {"do": "open", "runtime": self.runtime, "threads": threads}
         try:
             connection.send(directory)
-            connection.ask("opening the model", request)
+            connection.ask(f"opening the model of {directory}", request)
         except ExportError:
             connection.close()
             raise

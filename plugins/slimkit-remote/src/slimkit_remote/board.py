@@ -65,7 +65,7 @@ class OnnxRuntime:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = profile
-        path = str(next(folder.glob("*.onnx")))
+        path = the_file(folder, "*.onnx")
         self.session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
@@ -96,7 +96,7 @@ class Ncnn:
         for name in dir(self.net.opt):
             if name.startswith(("use_fp16_", "use_bf16_")):
                 setattr(self.net.opt, name, False)
-        param, weights = (str(next(folder.glob("*.ncnn." + end))) for end in ("param", "bin"))
+        param, weights = (the_file(folder, "*.ncnn." + end) for end in ("param", "bin"))
         self.shapes = json.loads((folder / "shapes.json").read_text())["outputs"]
         if self.net.load_param(param) or self.net.load_model(weights):
             raise RuntimeError("ncnn cannot load the model")
@@ -237,6 +237,14 @@ def kernels(events: list[dict[str, Any]], warm_up: int) -> dict[str, Any]:
         "operators": {name: len(runs[-1].get(name, ())) for name in names},
         "ms": {n: statistics.median(sum(run.get(n, ())) for run in runs) / 1000 for n in names},
     }
+
+
+def the_file(folder: Path, pattern: str) -> str:
+    """The file of a folder whose name fits."""
+    found = next(folder.glob(pattern), None)
+    if found is None:
+        raise FileNotFoundError(f"{pattern} is missing")
+    return str(found)
 
 
 def check_count(wanted: int, given: int) -> None:
