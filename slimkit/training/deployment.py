@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -16,12 +17,13 @@ from slimkit.acceptance import check_samples
 from slimkit.batches import first_sample, joined, to_cpu
 from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
+from slimkit.deploy.deployed import compile_
 from slimkit.deploy.folder import check_target, move, replacing
 from slimkit.deploy.gates import missed
 from slimkit.deploy.provenance import record, used_by
 from slimkit.deploy.release import Row, release
 from slimkit.deploy.verdict import verdicts
-from slimkit.errors import GateError, SlimkitError
+from slimkit.errors import ExportError, GateError, SlimkitError
 from slimkit.interfaces import Backend
 from slimkit.plain import plain
 from slimkit.quantization.calibration import quantize
@@ -30,6 +32,7 @@ from slimkit.quantization.widths import width_remark
 from slimkit.recipe import Metric
 from slimkit.registry import discover
 from slimkit.report.page import write_report
+from slimkit.rewriting.changes import apply_
 from slimkit.rewriting.report import RewritingReport, summarized
 from slimkit.training.copies import own_copy
 from slimkit.training.entering import Entry
@@ -90,7 +93,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
         ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
     }
     stages: dict[str, dict[str, nn.Module]] = {
-        "dense": dict.fromkeys(backends, dense),
+        "dense": _dense_for(backends, dense, module, inputs),
         "compressed": dict.fromkeys(backends, network),
     }
     quantized = _quantized(module, network, backends, loaders)
@@ -245,6 +248,27 @@ def example_of(loaders: Loaders, entry: Entry, network: nn.Module | None = None)
     if batch is None:
         raise SlimkitError("the training data is empty: it gave no batch")
     return first_sample(to_cpu(entry(batch, network)))
+
+
+def _dense_for(
+    backends: dict[str, Backend], dense: nn.Module, module: SlimModule, inputs: tuple[Any, ...]
+) -> dict[str, nn.Module]:
+    """The dense model for each backend: rewritten where it cannot be run as it was."""
+    found = dict.fromkeys(backends, dense)
+    if module.rewriting is None:
+        return found
+    for name, backend in backends.items():
+        try:
+            with TemporaryDirectory(prefix="slimkit-") as folder:
+                compile_(dense, backend, inputs, Path(folder) / name)
+        except ExportError:
+            found[name] = own_copy(dense)
+            apply_(found[name], module.rewriting.changes)
+            module.announce(
+                f"{name} cannot run the model as it was before it was rewritten: the dense one "
+                "there is rewritten, too"
+            )
+    return found
 
 
 def _check_done(module: SlimModule) -> None:

@@ -98,27 +98,23 @@ def refuse_untrained(
 def _refused(
     network: nn.Module, inputs: tuple[Any, ...], recipe: Recipe, say: Callable[[str], None]
 ) -> list[str]:
-    """What each backend says against the network in float, as it is and rewritten."""
+    """What each backend says against the network in float, rewritten as the recipe says."""
     backends = {
         ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
     }
-    networks = [network]
     if recipe.rewrite:
-        networks.append(own_copy(network))
         chosen = [rewrite.model_dump() for rewrite in recipe.rewrite]
-        rewrite_(networks[1], first_sample(inputs), chosen)
-    found = []
-    for number, one in enumerate(networks):
-        section = recipe.quantize if number + 1 == len(networks) else None
-        aware = section is not None and section.train_from is not None
-        found += preflight(one, inputs, backends, **_options(section), quantized=aware)
+        rewrite_(network, first_sample(inputs), chosen)
+    section = recipe.quantize
+    aware = section is not None and section.train_from is not None
+    found = preflight(network, inputs, backends, **_options(section), quantized=aware)
     for result in found:
         if result.kind != "float":
             for problem in result.problems:
                 say(f"{result.backend}, {result.kind}: {problem}")
     floats = (result for result in found if result.kind == "float")
     said = (f"{result.backend}: {problem}" for result in floats for problem in result.problems)
-    return [*dict.fromkeys(said)]
+    return [*said]
 
 
 def _options(section: Quantize | None) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import slimkit
+from slimkit.builtin.backends.reference import Reference
+from slimkit.errors import SlimkitError
 from slimkit.recipe import Recipe
 from slimkit.report.page import write_report
 from slimkit.training.run import run
@@ -81,6 +83,22 @@ def test_a_run_rewrites_trains_and_saves(tmp_path):
     del content["metrics"]["rewriting"]  # an artifact of old
     write_report(tmp_path / "old.html", content["metrics"], "")
     assert "Rewritten for the target" not in (tmp_path / "old.html").read_text()
+
+
+def test_a_rewrite_makes_a_model_run_where_it_could_not(tmp_path, monkeypatch):
+    def check(_self, deployable):
+        code = deployable.program.graph_module.code
+        return ["it has no pixel_unshuffle"] if "pixel_unshuffle" in code else []
+
+    monkeypatch.setattr(Reference, "check", check)
+    lines = []
+    recipe = Recipe.parse({**RECIPE, "prune": {"target": {"flops": 0.6}}, "distill": False})
+    release, _ = run(recipe, tmp_path / "small", say=lines.append)
+    assert any("torch cannot run the model as it was before it was rewritten" in s for s in lines)
+    dense, small = release.rows
+    assert small.macs < 0.65 * dense.macs
+    with pytest.raises(SlimkitError, match="torch: it has no pixel_unshuffle"):
+        run(recipe.model_copy(update={"rewrite": ()}), tmp_path / "other", say=lines.append)
 
 
 def test_the_dense_model_stays_as_it_was():

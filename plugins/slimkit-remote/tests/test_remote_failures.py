@@ -220,7 +220,9 @@ def test_a_server_that_is_killed_in_the_middle(
 
 def test_a_runtime_that_refuses_the_file(server: Loopback, files: Path) -> None:
     (files / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(ExportError, match=r"failed while opening the model of \S+: \w+: ") as caught:
+    with pytest.raises(
+        ExportError, match=r"failed while opening the model of \S+: \w+: "
+    ) as caught:
         Remote(**server.options).load(files)
     assert not isinstance(caught.value, UnavailableError)
 
