@@ -125,6 +125,11 @@ def project(tmp_path: Path, here):
     torch.set_num_threads(threads)
 
 
+def heeding() -> None:
+    """A child of a job in the background would ignore SIGINT, as its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Project:
     """A user's folder with a module and a recipe in it."""
 
@@ -144,6 +149,7 @@ class Project:
             self.command(*args),
             cwd=self.folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            preexec_fn=heeding,
             capture_output=True,
             text=True,
             timeout=120,
