@@ -97,7 +97,8 @@ class Ncnn:
             if name.startswith(("use_fp16_", "use_bf16_")):
                 setattr(self.net.opt, name, False)
         param, weights = (the_file(folder, "*.ncnn." + end) for end in ("param", "bin"))
-        self.shapes = json.loads((folder / "shapes.json").read_text())["outputs"]
+        shapes = json.loads((folder / "shapes.json").read_text())
+        self.takes, self.shapes = shapes["inputs"], shapes["outputs"]
         if self.net.load_param(param) or self.net.load_model(weights):
             raise RuntimeError("ncnn cannot load the model")
         self.inputs = sorted(self.net.input_names(), key=self._number)
@@ -112,8 +113,11 @@ class Ncnn:
         import numpy
 
         check_count(len(self.inputs), len(arrays))
-        if any(not a.ndim or a.shape[0] != 1 for a in arrays):
-            raise ValueError("ncnn takes one sample at a time")
+        for array, shape in zip(arrays, self.takes):  # of another one, ncnn would read beyond it
+            if list(array.shape) != shape:
+                raise ValueError(
+                    f"the model takes one sample of shape {tuple(shape)}, {array.shape} was given"
+                )
         kinds = ["float32" if a.dtype.kind == "f" else "int32" for a in arrays]
         single = [numpy.ascontiguousarray(a[0], kind) for a, kind in zip(arrays, kinds)]
         # Copies in ncnn's own memory, as layers work in place; they must live until the end.
