@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
+from slimkit.copies import uncompiled_
 from slimkit.errors import SlimkitError, did_you_mean, in_one_line
+from slimkit.importing import build
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def built(reference: Mapping[str, Any], path: str | None = None, what: str = "model") -> nn.Module:
+    """The model that a recipe's import names, as it was written and with its network.
+
+    Args:
+        reference: import path and options, as `slimkit.importing.build` takes them.
+        path: of the part that is compressed.
+        what: the key of the recipe, for errors.
+    """
+    return complete_(uncompiled_(build(reference, what, nn.Module)), path)
 
 
 def complete_(model: Model, path: str | None = None) -> Model:
@@ -23,10 +37,10 @@ def complete_(model: Model, path: str | None = None) -> Model:
     Raises:
         SlimkitError: it cannot build without a Trainer, or fails otherwise.
     """
-    build = getattr(model, "configure_model", None)
-    if callable(build) and not _has_weights(model, path):
+    configure = getattr(model, "configure_model", None)
+    if callable(configure) and not _has_weights(model, path):
         try:
-            build()
+            configure()
         except Exception as error:  # whatever a user's code raises
             raise SlimkitError(
                 f"configure_model of {type(model).__name__} fails before there is a Trainer "

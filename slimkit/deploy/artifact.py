@@ -18,9 +18,8 @@ from slimkit.copies import copied, uncompiled_
 from slimkit.deploy.folder import FORMAT, read_manifest, understood, write_manifest
 from slimkit.deploy.provenance import compare_versions, record, used_by
 from slimkit.errors import ArtifactError, SlimkitError
-from slimkit.importing import build
 from slimkit.interfaces import Grid, Scheme
-from slimkit.parts import complete_, part_of
+from slimkit.parts import built, complete_, part_of
 from slimkit.pruning.removal import remove_
 from slimkit.pruning.report import PruningReport
 from slimkit.quantization.fake import FakeQuantization, Fixed, QuantizedModel
@@ -201,8 +200,7 @@ def _network(
             raise ArtifactError(f"model() must return an nn.Module, not {type(made).__name__}")
         return part_of(complete_(uncompiled_(made), path), path).cpu()
     if content.get("model"):
-        made = uncompiled_(build(content["model"], "model", nn.Module))
-        return part_of(complete_(made, path), path)
+        return part_of(built(content["model"], path), path)
     return None
 
 

@@ -106,6 +106,11 @@ def _equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     return len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
+def _worst_db(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Signal to difference of the output that is farthest off."""
+    return min(compare(expected, found).sqnr_db, default=math.inf)
+
+
 def small(_: Subject) -> Iterator[ModelCase]:
     """The smallest network that has layers of all kinds."""
     yield ModelCase("convolutional")
@@ -274,7 +279,7 @@ def preflight_tells_the_truth(subject: Subject, case: ModelCase) -> str | None:
     expected = simulate(model, inputs[: case.batch])
     if [t.shape for t in found] != [t.shape for t in expected]:
         return f"accepted, and then outputs of shape {[tuple(t.shape) for t in found]}"
-    worst = min(compare(expected, found).sqnr_db, default=math.inf)
+    worst = _worst_db(expected, found)
     if worst < LEAST_DB[False]:
         return f"accepted, and then {worst:.1f} dB of signal to difference"
     return None
@@ -297,7 +302,7 @@ def several_inputs_keep_their_order(subject: Subject, case: str) -> str | None:
     with _folder() as folder:
         backend.compile(deployable, folder)
         found = list(backend.load(folder)(*inputs))
-    worst = min(compare(simulate(model, *inputs), found).sqnr_db, default=math.inf)
+    worst = _worst_db(simulate(model, *inputs), found)
     if worst < LEAST_DB[False]:
         return f"accepted, and then {worst:.1f} dB of signal to difference"
     return None
@@ -311,7 +316,7 @@ def threads_change_nothing_but_the_time(subject: Subject, case: ModelCase) -> st
     with _folder() as folder:
         expected = [t.clone() for t in _compiled(backend, case, folder / "files").flat(inputs)]
         found = list(backend.load(folder / "files", threads=2)(inputs))
-    worst = min(compare(expected, found).sqnr_db, default=math.inf)
+    worst = _worst_db(expected, found)
     if worst < LEAST_DB[False]:
         return f"{worst:.1f} dB of signal to difference between one thread and two"
     return None

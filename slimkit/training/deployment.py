@@ -29,7 +29,7 @@ from slimkit.plain import plain
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.fake import QuantizedModel
 from slimkit.quantization.widths import width_remark
-from slimkit.recipe import Metric
+from slimkit.recipe import Metric, Recipe
 from slimkit.registry import discover
 from slimkit.report.page import write_report
 from slimkit.rewriting.changes import apply_
@@ -89,9 +89,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
     network = own_copy(module.network).cpu().float().eval()
     dense = own_copy(module.dense).cpu().float().eval()
     inputs = example_of(loaders, module.entry, network)
-    backends: dict[str, Backend] = {
-        ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
-    }
+    backends = backends_of(recipe)
     stages: dict[str, dict[str, nn.Module]] = {
         "dense": _dense_for(backends, dense, module, inputs),
         "compressed": dict.fromkeys(backends, network),
@@ -248,6 +246,12 @@ def example_of(loaders: Loaders, entry: Entry, network: nn.Module | None = None)
     if batch is None:
         raise SlimkitError("the training data is empty: it gave no batch")
     return first_sample(to_cpu(entry(batch, network)))
+
+
+def backends_of(recipe: Recipe) -> dict[str, Backend]:
+    """The backends of a recipe's `export`, by name, with its options."""
+    known = discover()
+    return {ref.name: known.create("backend", ref.name, ref.options) for ref in recipe.export}
 
 
 def _dense_for(

@@ -12,12 +12,11 @@ from torch.utils._pytree import tree_map_only
 from slimkit.batches import first_sample, samples_of, to_cpu
 from slimkit.deploy.preflight import Preflight, preflight
 from slimkit.errors import SlimkitError, in_one_line
-from slimkit.recipe import Quantize, Recipe
-from slimkit.registry import discover
+from slimkit.recipe import Recipe
 from slimkit.rewriting.rewrite import rewrite_
 from slimkit.training.classification import lightning_of
 from slimkit.training.copies import own_copy
-from slimkit.training.deployment import Loaders
+from slimkit.training.deployment import Loaders, backends_of
 from slimkit.training.entering import Entry
 from slimkit.training.scan import trained
 
@@ -45,12 +44,7 @@ def preflight_of(recipe: Recipe, say: Callable[[str], None]) -> list[Preflight]:
     if batch is None:
         raise SlimkitError("the training data is empty: it gave no batch")
     inputs = samples_of(to_cpu(entry.tried(batch)), 0, SAMPLES)
-    backends = {
-        ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
-    }
-    section = recipe.quantize
-    wanted = section is not None
-    return preflight(entry.network.eval(), inputs, backends, **_options(section), quantized=wanted)
+    return _asked(entry.network.eval(), inputs, recipe, quantized=recipe.quantize is not None)
 
 
 def refuse_untrained(
@@ -99,30 +93,29 @@ def _refused(
     network: nn.Module, inputs: tuple[Any, ...], recipe: Recipe, say: Callable[[str], None]
 ) -> list[str]:
     """What each backend says against the network in float, rewritten as the recipe says."""
-    backends = {
-        ref.name: discover().create("backend", ref.name, ref.options) for ref in recipe.export
-    }
     if recipe.rewrite:
         chosen = [rewrite.model_dump() for rewrite in recipe.rewrite]
         rewrite_(network, first_sample(inputs), chosen)
-    section = recipe.quantize
-    aware = section is not None and section.train_from is not None
-    found = preflight(network, inputs, backends, **_options(section), quantized=aware)
-    for result in found:
-        if result.kind != "float":
-            for problem in result.problems:
+    aware = recipe.quantize is not None and recipe.quantize.train_from is not None
+    refused = []
+    for result in _asked(network, inputs, recipe, quantized=aware):
+        for problem in result.problems:
+            if result.kind == "float":
+                refused.append(f"{result.backend}: {problem}")
+            else:
                 say(f"{result.backend}, {result.kind}: {problem}")
-    floats = (result for result in found if result.kind == "float")
-    said = (f"{result.backend}: {problem}" for result in floats for problem in result.problems)
-    return [*said]
+    return refused
 
 
-def _options(section: Quantize | None) -> dict[str, Any]:
-    """How a recipe's int8 is made, as `preflight` takes it."""
-    if section is None:
-        return {}
-    return {
-        "weights": section.weights.model_dump(),
-        "keep_float": section.keep_float,
-        "weight_bits": section.weight_bits,
-    }
+def _asked(
+    network: nn.Module, inputs: tuple[Any, ...], recipe: Recipe, *, quantized: bool
+) -> list[Preflight]:
+    """What each backend of the recipe makes of the network, and of the int8 that it asks for."""
+    section, options = recipe.quantize, dict[str, Any]()
+    if section is not None:
+        options = {
+            "weights": section.weights.model_dump(),
+            "keep_float": section.keep_float,
+            "weight_bits": section.weight_bits,
+        }
+    return preflight(network, inputs, backends_of(recipe), quantized=quantized, **options)

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from slimkit.batchnorm import reestimate_
-from slimkit.copies import uncompiled_
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Criterion
-from slimkit.parts import complete_, part_of
+from slimkit.parts import built, part_of
 from slimkit.pruning.prune import cut_to_target_
 from slimkit.pruning.report import PruningReport
 from slimkit.pruning.sparsity import zero_
@@ -120,41 +119,40 @@ def _run(
     timing = Timing()
     with muted():
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
-    data = build(data_import.model_dump(), "data", pl.LightningDataModule)
+
+    def anew() -> pl.LightningDataModule:
+        data: pl.LightningDataModule = build(
+            data_import.model_dump(), "data", pl.LightningDataModule
+        )
+        return data
+
+    data = anew()
     _check_loaders(data, recipe)
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
-    model = uncompiled_(build(model_import.model_dump(), "model", nn.Module))
-    model = complete_(model, recipe.network)
+    model = built(model_import.model_dump(), recipe.network)
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
     part_of(model, recipe.network)  # one that is not there is said before any training
     if is_first():
         compare_models(model, work)
     if recipe.pretrain is not None and not (work / DENSE).is_file():
-        rehearse(
-            model, recipe, lambda: build(data_import.model_dump(), "data", pl.LightningDataModule)
-        )
+        rehearse(model, recipe, anew)
     if preflight and not several() and _begins(recipe, work):
         with timing.part("trying the model on each backend"):
-            refuse_untrained(
-                *(model, recipe),
-                lambda: build(data_import.model_dump(), "data", pl.LightningDataModule),
-                say,
-            )
+            refuse_untrained(model, recipe, anew, say)
     with timing.part("training the dense model"):
         model = _pretrained(recipe, model, data, work, say)
     module = SlimModule(model, recipe)
     module.announce = say
     if recipe.rewrite:
         with timing.part("rewriting"):
-            anew = build(data_import.model_dump(), "data", pl.LightningDataModule)
-            rewrite_network(module, Loaders(anew, module.inner), say)
+            rewrite_network(module, Loaders(anew(), module.inner), say)
     if recipe.prune is not None and recipe.prune.ratios == "sensitivity":
         with timing.part("scanning sensitivity"):
             say("measuring how sensitive each group is to pruning")
             module.curves = curves_of(
                 module,
-                build(data_import.model_dump(), "data", pl.LightningDataModule),
+                anew(),
                 scan_folder(output),
                 say=say,
                 trainer=starting(recipe),

@@ -12,11 +12,10 @@ import pytorch_lightning as pl
 from torch import nn
 
 from slimkit.batches import samples_of, to_cpu
-from slimkit.copies import uncompiled_
 from slimkit.errors import SlimkitError
 from slimkit.importing import build
 from slimkit.journal import Journal
-from slimkit.parts import complete_
+from slimkit.parts import built
 from slimkit.quantization.calibration import quantize
 from slimkit.quantization.sensitivity import Sensitivity, rank
 from slimkit.recipe import Recipe
@@ -90,8 +89,7 @@ def trained(recipe: Recipe, say: Callable[[str], None]) -> tuple[nn.Module, pl.L
     with muted():
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     data = build(recipe.data.model_dump(), "data", pl.LightningDataModule)
-    model = uncompiled_(build(recipe.model.model_dump(), "model", nn.Module))
-    model = complete_(model, recipe.network)
+    model = built(recipe.model.model_dump(), recipe.network)
     if recipe.weights is not None:
         load_weights(model, recipe.weights)
     elif recipe.pretrain is not None:

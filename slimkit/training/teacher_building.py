@@ -8,11 +8,9 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from slimkit.copies import uncompiled_
 from slimkit.deploy.artifact import load
 from slimkit.errors import SlimkitError
-from slimkit.importing import build
-from slimkit.parts import complete_
+from slimkit.parts import built
 from slimkit.recipe import Distill, Optimizer
 from slimkit.recipe import Teacher as Wanted
 from slimkit.training.classification import Classification, network_of
@@ -44,7 +42,7 @@ def _built(wanted: Wanted, recipe: Distill, entry: Entry, optimizer: Optimizer) 
     made: nn.Module
     if wanted.kind == "import":
         what = {"target": wanted.name, "options": wanted.options}
-        made = complete_(uncompiled_(build(what, "distill.teacher", nn.Module)))
+        made = built(what, what="distill.teacher")
     elif wanted.kind == "file":
         made = _from_file(Path(wanted.name), entry)
     else:

@@ -59,14 +59,15 @@ def integer_layers(file: bytes) -> int:
     """How many layers read a rounded tensor and an int8 weight: what TensorRT computes in int8."""
     graph = Graph(onnx.load_from_string(file))
     layers = (n for n in graph.nodes if n.op_type in _LAYERS)
-    return sum(all(_rounded(graph, name) for name in node.input[:2]) for node in layers)
+    return sum(all(_rounded(graph, name) is not None for name in node.input[:2]) for node in layers)
 
 
-def _rounded(graph: Graph, tensor: str) -> bool:
+def _rounded(graph: Graph, tensor: str) -> Any:
+    """The DequantizeLinear that a tensor comes from, be it transposed; None where there is none."""
     made = graph.producer(tensor)
     if made is not None and made.op_type == "Transpose":
         made = graph.producer(made.input[0])
-    return made is not None and made.op_type == "DequantizeLinear"
+    return made if made is not None and made.op_type == "DequantizeLinear" else None
 
 
 def misfused(file: bytes) -> bool:
@@ -91,10 +92,8 @@ def misfused(file: bytes) -> bool:
 
 def _overflows(graph: Graph, source: Any, layer: Any) -> bool:
     """Whether a bias is no 32-bit number of steps of its channel's products."""
-    made = graph.producer(layer.input[1])
-    if made is not None and made.op_type == "Transpose":
-        made = graph.producer(made.input[0])
-    if made is None or made.op_type != "DequantizeLinear":
+    made = _rounded(graph, layer.input[1])
+    if made is None:
         return False
     found = (graph.constant(name) for name in (source.input[1], made.input[1], layer.input[2]))
     known = [np.abs(values.astype(np.float64)) for values in found if values is not None]
