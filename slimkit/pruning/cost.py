@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ def macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
 @torch.no_grad()
 def counted(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
     """`macs` of a model of one's own: it is left in evaluation mode, and its parameters frozen."""
-    with without_fast_paths(), FlopCounterMode(display=False) as counter:
+    with without_fast_paths(), _counter() as counter:
         _ready_to_count(model)(*fresh(example_inputs))
     return int(counter.get_total_flops()) // 2
 
@@ -41,6 +41,21 @@ def counted(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
 def _ready_to_count(model: nn.Module) -> nn.Module:
     """Evaluation mode and nothing trainable: the counter's hooks fail on a parameter's views."""
     return model.eval().requires_grad_(False)
+
+
+def _counter() -> FlopCounterMode:
+    """PyTorch's own, which misses recurrent layers that oneDNN or cuDNN computes whole."""
+    whole = {
+        torch.ops.aten.mkldnn_rnn_layer: lambda x, *args, **_: _recurrent(x, args[:2]),
+        torch.ops.aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent(x, weights),
+    }
+    return FlopCounterMode(display=False, custom_mapping=whole)
+
+
+def _recurrent(x: Sequence[int], weights: Iterable[Sequence[int]]) -> int:
+    """Additions and multiplications of each matrix on each step, from the shapes."""
+    matrices = sum(math.prod(weight) for weight in weights if len(weight) == 2)
+    return 2 * math.prod(x[:-1]) * matrices
 
 
 def parameters(model: nn.Module) -> int:
@@ -65,6 +80,9 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     return dict(first.values())
 
 
+RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
+"""Layers that use each matrix of theirs once for each step of each sequence."""
+
 PRODUCTS = ("addmm", "matmul", "mm")
 """Operations whose last two arguments are multiplied as matrices."""
 
@@ -83,6 +101,9 @@ class _Uses(CallMode):
         if op in PRODUCTS and len(args) >= 2:
             self._count_product(out, *args[-2:])
             return out
+        if op.removesuffix("_cell") in RECURRENT:
+            self._count_steps(op, args)
+            return out
         given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
         if op not in WEIGHTED:
             return out
@@ -95,6 +116,15 @@ class _Uses(CallMode):
             channels = positions.shape[-1 if op == "linear" else -1 - int(op[-2])]
             self.uses[weight] = self.uses.get(weight, 0.0) + positions.numel() / channels
         return out
+
+    def _count_steps(self, op: str, args: Any) -> None:
+        """A recurrent layer's matrices, which come behind its state; packed data, in four parts."""
+        own = args[2:] if "_cell" in op else next(a for a in args[2:4] if isinstance(a, list))
+        steps = args[0].numel() / args[0].shape[-1]
+        for matrix in own:
+            weight = self.names.get(id(matrix))
+            if weight is not None and matrix.dim() == 2:
+                self.uses[weight] = self.uses.get(weight, 0.0) + steps
 
     def _count_product(self, out: Tensor, left: Tensor, right: Tensor) -> None:
         """A parameter of two dimensions costs its weights once for each row of the other side."""
@@ -134,7 +164,7 @@ class CostModel:
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         probe = _ready_to_count(copied(model, share=True))
         uses = _Uses(probe)
-        with without_fast_paths(), FlopCounterMode(display=False) as flops, uses:
+        with without_fast_paths(), _counter() as flops, uses:
             probe(*fresh(example_inputs))
         stored = {n: (tuple(t.shape), t.element_size()) for n, t in _stored(model).items()}
         return cls(uses.uses, shapes, int(flops.get_total_flops()) // 2, stored)

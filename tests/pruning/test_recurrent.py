@@ -6,8 +6,11 @@ from models import Net, lived_in, zeroed
 from torch import nn
 
 import slimkit
+from slimkit.pruning.cost import CostModel, _counter, macs
+from slimkit.pruning.counting import Counting
 from slimkit.pruning.engines import find_groups
 from slimkit.pruning.prune import analyse, prune
+from slimkit.pruning.removal import kept_positions, remove_
 
 SEQUENCE = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2))
 GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1, nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
@@ -63,6 +66,40 @@ def test_half_of_the_hidden_units_go_and_the_rest_computes_the_same(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_macs_are_those_of_every_step_and_are_predicted_of_a_cut(name):
+    model = MODELS[name]()
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    cost = CostModel.of(model, (SEQUENCE,))
+    assert (cost.measured_macs, cost.fixed_macs) == (2 * 5 * matrices, 0)
+    groups = analyse(model, (SEQUENCE,)).groups
+    stay = {g.name: torch.arange(0, g.channels, 2) for g in groups}
+    predicted = cost.predict(Counting(groups).removed(stay))[0]
+    remove_(model, kept_positions((g, stay[g.name]) for g in groups))
+    assert (
+        predicted
+        == macs(model, (SEQUENCE,))
+        == 2 * 5 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    )
+
+
+def test_steps_of_packed_sequences_are_those_that_are_there_and_a_learned_state_costs_nothing():
+    def flow(net, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3]), batch_first=True)
+        ends = net.layer(packed)[0].data[-2:]
+        return net.cell(ends, net.start), net.cell(x[:, 0], net.start)
+
+    model = Net(flow, layer=nn.GRU(6, 6, batch_first=True), cell=nn.GRUCell(6, 6))
+    model.start = nn.Parameter(torch.zeros(2, 6))
+    uses = CostModel.of(model, (SEQUENCE,)).macs_per_weight
+    assert uses == {
+        "layer.weight_ih_l0": 8,
+        "layer.weight_hh_l0": 8,
+        "cell.weight_ih": 4,
+        "cell.weight_hh": 4,
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_small_recurrent_model_is_loaded_by_its_function(name, tmp_path):
     torch.manual_seed(0)
     small = prune(MODELS[name](), SEQUENCE, target={"ratio": 0.5})
@@ -96,3 +133,15 @@ def test_projections_stay_with_the_reason():
     model = Net(lambda net, x: net.layer(x)[0], layer=nn.LSTM(6, 8, proj_size=4))
     (reason,) = set(find_groups(model.eval(), (SEQUENCE,)).frozen.values())
     assert reason == "lstm: projections"
+
+
+def test_a_layer_that_cudnn_computes_whole_counts_as_on_paper():
+    """On PyTorch's device of shapes alone, since there may be no GPU."""
+    layer, x = nn.LSTM(10, 8).to("meta"), torch.empty(5, 2, 10, device="meta")
+    state = torch.empty(1, 2, 8, device="meta")
+    weights = [p.detach() for p in layer.parameters()]
+    with _counter() as counter:
+        torch.ops.aten._cudnn_rnn(
+            x, weights, 4, None, state, state, 2, 8, 0, 1, False, 0.0, False, False, [], None
+        )
+    assert counter.get_total_flops() == 2 * 5 * 2 * 4 * 8 * (10 + 8)
