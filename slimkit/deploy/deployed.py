@@ -26,6 +26,7 @@ LEAST_INT8_DB, LEAST_CHOICE_DB = 10.0, 20.0
 """Signal to difference below which a file in int8, and an output of whole numbers, whose ties fall
 either way, is of another model."""
 MISREAD = "it has misread an operation"
+TOO_SMALL = "quantization saves nothing; the model is too small for int8 to pay"
 _WAY_OUT = (
     "Replace what is unusual, such as options of a pooling, a padding or an interpolation, or cut "
     "it off and compute it outside"

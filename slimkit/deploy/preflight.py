@@ -15,7 +15,7 @@ from slimkit.acceptance import check_module, check_samples, check_single
 from slimkit.batches import as_inputs, first_sample, to_cpu
 from slimkit.calls import WEIGHTED, Call, Trace, trace
 from slimkit.copies import copied
-from slimkit.deploy.deployed import MISREAD, refuse_other
+from slimkit.deploy.deployed import MISREAD, TOO_SMALL, refuse_other, size_bytes
 from slimkit.errors import SlimkitError, in_one_line
 from slimkit.interfaces import Backend, Scheme
 from slimkit.quantization.calibration import quantize
@@ -51,6 +51,9 @@ class Preflight:
             helps.
         slow: what runs, but not at full speed, and what helps.
         remarks: what the backend says of its files itself (`Backend.remarks`).
+        size_bytes: of the file or files that were made to try it; None where none were.
+        larger: of int8: that its files are no smaller than those of the float model; empty if they
+            are.
     """
 
     backend: str
@@ -59,12 +62,15 @@ class Preflight:
     in_float: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    size_bytes: int | None = None
+    larger: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.backend}, {self.kind}: {'cannot run' if self.problems else 'runs'}"]
         lines += [f"  {line}" for line in self.problems]
         lines += [f"  in float: {line}" for line in self.in_float]
         lines += [f"  slow: {line}" for line in self.slow]
+        lines += [f"  larger: {self.larger}"] if self.larger else []
         return "\n".join([*lines, *(f"  in the file: {line}" for line in self.remarks)])
 
 
@@ -129,14 +135,24 @@ def preflight(
         ) from error
     check_samples(own, inputs)
     for name, backend in _named(backends):
-        problems, remarks = _asked(own, inputs, backend)
-        found.append(Preflight(name, "float", problems, remarks=remarks))
+        whole = _asked(own, inputs, Preflight(name, "float"), backend)
+        found.append(whole)
         if quantized:
             integers = _integers(own, inputs, name, backend, options)
-            misread = tuple(problem for problem in problems if MISREAD in problem)
+            misread = tuple(problem for problem in whole.problems if MISREAD in problem)
             # which int8 hides, since its own roundings may make as much of a difference
-            found.append(replace(integers, problems=integers.problems or misread))
+            problems = integers.problems or misread
+            found.append(replace(integers, problems=problems, larger=_larger(integers, whole)))
     return found
+
+
+def _larger(integers: Preflight, whole: Preflight) -> str:
+    """That the files of int8 are no smaller than those of the float model, if so."""
+    if integers.size_bytes is None or whole.size_bytes is None:
+        return ""
+    if integers.size_bytes < whole.size_bytes:
+        return ""
+    return f"{integers.size_bytes:,} bytes, in float {whole.size_bytes:,}: {TOO_SMALL}"
 
 
 def _named(
@@ -152,22 +168,23 @@ def _named(
 
 
 def _asked(
-    model: nn.Module, inputs: tuple[Any, ...], backend: Backend
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the backend says stands in the way, and if nothing does, of what comes out."""
+    model: nn.Module, inputs: tuple[Any, ...], found: Preflight, backend: Backend
+) -> Preflight:
+    """With what the backend says stands in the way, and if nothing does, of what comes out."""
     try:
         deployable = finish(model, first_sample(inputs))
         with blame_for("backend", backend, f"checking {type(model).__name__}"):
             problems = tuple(backend.check(deployable))
     except SlimkitError as error:  # a runtime or a board that is missing among them
-        return (str(error),), ()
+        return replace(found, problems=(str(error),))
     if problems:
-        return problems, ()
+        return replace(found, problems=problems)
     try:
         with blame_for("backend", backend, f"asked about {type(model).__name__}"):
             remarks = tuple(backend.remarks(deployable))
     except SlimkitError as error:
         remarks = (str(error),)
+    found = replace(found, remarks=(*found.remarks, *remarks))
     try:
         with (
             blame_for("backend", backend, f"trying {type(model).__name__}"),
@@ -175,9 +192,9 @@ def _asked(
         ):
             backend.compile(deployable, Path(name))
             refuse_other(backend, deployable, backend.load(Path(name)))
+            return replace(found, size_bytes=size_bytes(Path(name)))
     except SlimkitError as error:
-        return (str(error),), remarks
-    return (), remarks
+        return replace(found, problems=(str(error),))
 
 
 def _integers(
@@ -192,15 +209,15 @@ def _integers(
     except SlimkitError as error:
         return Preflight(name, "int8", (str(error),))
     traced = trace(simulated.model, inputs)
-    problems, remarks = _asked(simulated, inputs, backend)
-    return Preflight(
+    wide = width_remark(backend, options["weight_bits"])
+    found = Preflight(
         name,
         "int8",
-        problems,
-        tuple(_in_float(traced, simulated, backend.scheme)),
-        tuple(_slow(traced, simulated, backend)),
-        (*([wide] if (wide := width_remark(backend, options["weight_bits"])) else []), *remarks),
+        in_float=tuple(_in_float(traced, simulated, backend.scheme)),
+        slow=tuple(_slow(traced, simulated, backend)),
+        remarks=(wide,) if wide else (),
     )
+    return _asked(simulated, inputs, found, backend)
 
 
 def _in_float(traced: Trace, simulated: QuantizedModel, scheme: Scheme) -> list[str]:

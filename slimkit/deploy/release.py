@@ -14,7 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from slimkit.batches import first_sample
 from slimkit.deploy.agreement import Agreement, compare
-from slimkit.deploy.deployed import Deployed, compile_, simulate, size_bytes, temporary
+from slimkit.deploy.deployed import (
+    TOO_SMALL,
+    Deployed,
+    compile_,
+    simulate,
+    size_bytes,
+    temporary,
+)
 from slimkit.deploy.measurement import Latency, measure, usable_threads
 from slimkit.deploy.memory import Peak, peaks
 from slimkit.errors import ExportError, SlimkitError
@@ -246,6 +253,5 @@ def _integers_or_error(rows: list[Row]) -> None:
             if same and row.size_bytes >= other.size_bytes:
                 raise ExportError(
                     f"the int8 file for {row.runtime} has {row.size_bytes:,} bytes, the float "
-                    f"file {other.size_bytes:,}: quantization saved nothing; the model is too "
-                    "small for int8 to pay"
+                    f"file {other.size_bytes:,}: {TOO_SMALL}. Leave it in float"
                 )

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from slimkit.batches import first_sample, samples_of, to_cpu
 from slimkit.deploy.preflight import Preflight, preflight
 from slimkit.errors import SlimkitError, in_one_line
+from slimkit.pruning.cost import size_mb
 from slimkit.recipe import Recipe
 from slimkit.rewriting.rewrite import rewrite_
 from slimkit.training.classification import lightning_of
@@ -22,6 +23,8 @@ from slimkit.training.scan import trained
 
 SAMPLES = 8
 """Of the first training batch, on which int8 finds its ranges here."""
+SMALL_MB = 1.0
+"""A model of so few MiB is tried in int8 in any case, which it may be too small for."""
 
 
 def preflight_of(recipe: Recipe, say: Callable[[str], None]) -> list[Preflight]:
@@ -53,9 +56,10 @@ def refuse_untrained(
     """Stop before a training whose float files a backend of `export` could not make or run.
 
     int8 is tried where the training will be quantization-aware, and what stands in its way is said
-    only: pruning may change it. What is rounded after a training can still be chosen then. Where
-    no batch can be had without a Trainer, that is said, and nothing is tried. Model and random
-    numbers stay as they are.
+    only: pruning may change it. What is rounded after a training can still be chosen then. A model
+    that is so small that its int8 file is no smaller is refused, since the export would refuse it.
+    Where no batch can be had without a Trainer, that is said, and nothing is tried. Model and
+    random numbers stay as they are.
 
     Args:
         model: with its weights; not changed.
@@ -64,7 +68,8 @@ def refuse_untrained(
         say: called with one line at each step.
 
     Raises:
-        SlimkitError: a float file that the export makes in any case is impossible.
+        SlimkitError: a float file that the export makes in any case is impossible, or one in int8
+            would be no smaller.
     """
     say(f"trying the model on {', '.join(ref.name for ref in recipe.export)}, before any training")
     with isolate_rng():
@@ -96,14 +101,18 @@ def _refused(
     if recipe.rewrite:
         chosen = [rewrite.model_dump() for rewrite in recipe.rewrite]
         rewrite_(network, first_sample(inputs), chosen)
-    aware = recipe.quantize is not None and recipe.quantize.train_from is not None
+    section = recipe.quantize
+    aware = section is not None and section.train_from is not None
+    tried = aware or (section is not None and size_mb(network) < SMALL_MB)
     refused = []
-    for result in _asked(network, inputs, recipe, quantized=aware):
-        for problem in result.problems:
-            if result.kind == "float":
-                refused.append(f"{result.backend}: {problem}")
-            else:
-                say(f"{result.backend}, {result.kind}: {problem}")
+    for result in _asked(network, inputs, recipe, quantized=tried):
+        if result.kind == "float":
+            refused += [f"{result.backend}: {problem}" for problem in result.problems]
+        elif result.larger:
+            refused.append(f"{result.backend}, int8: {result.larger}; take quantize out")
+        elif aware:
+            for problem in result.problems:
+                say(f"{result.backend}, int8: {problem}")
     return refused
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from slimkit.batchnorm import reestimate_
-from slimkit.errors import SlimkitError
+from slimkit.errors import GateError, SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Criterion
 from slimkit.parts import built, part_of
@@ -171,10 +171,26 @@ def _run(
     # what follows draws the same in a run that went on from a checkpoint
     pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
     say("exporting, running and measuring the files")
-    with timing.part("exporting and measuring"):
+    with timing.part("exporting and measuring"), _kept(work, say):
         release = deploy(module, data, output)
     leave(work)
     return release, timing
+
+
+@contextmanager
+def _kept(work: Path, say: Say) -> Iterator[None]:
+    """Say, where the export fails, that the training is not lost."""
+    try:
+        yield
+    except GateError:
+        raise
+    except SlimkitError:
+        if (work / LAST).is_file():
+            say(
+                f"what is trained is kept in {work}: the same command goes on from it, also where "
+                "the recipe's export has changed meanwhile"
+            )
+        raise
 
 
 def _needed(recipe: Recipe) -> tuple[Import, Import]:

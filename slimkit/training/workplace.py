@@ -69,12 +69,15 @@ def prepare(recipe: Recipe, output: Path, work: Path, fresh: bool, say: Say) -> 
     for folder in (output, rejected(output)):
         check_target(folder)
     _sweep(output)
-    key, note = _key(recipe), work / _KEY
+    key, multiple, note = _key(recipe), _multiple(recipe), work / _KEY
     if fresh:
         _empty(work)
-    elif not (note.is_file() and note.read_text() == key):
-        _set_aside(work, say)
-    note.write_text(key)
+    else:
+        before, _, rounded = (note.read_text() if note.is_file() else "").partition(" ")
+        # channels that suit one backend more may suit those that are left as well
+        if before != key or not rounded.isdecimal() or int(rounded) % multiple:
+            _set_aside(work, say)
+    note.write_text(f"{key} {multiple}")
 
 
 def _key(recipe: Recipe) -> str:
@@ -88,12 +91,18 @@ def _key(recipe: Recipe) -> str:
     about = recipe.model_dump(mode="json", exclude=left)
     if "quantize" in about:  # trained with the arithmetic of the first
         about["first backend"] = recipe.export[0].model_dump(mode="json")
-    if prune is not None and prune.granularity == "channel":
-        about["multiple"] = channel_multiple(backend.name for backend in recipe.export)
     if recipe.weights is not None and recipe.weights.is_file():
         with recipe.weights.open("rb") as file:
             about["weights"] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _multiple(recipe: Recipe) -> int:
+    """What the backends round channels to, where the recipe leaves that to them."""
+    prune = recipe.prune
+    if prune is None or prune.granularity != "channel" or prune.round_to is not None:
+        return 1
+    return channel_multiple(backend.name for backend in recipe.export)
 
 
 def _set_aside(work: Path, say: Say) -> None:

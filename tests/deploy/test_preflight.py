@@ -139,6 +139,16 @@ def test_backends_are_named_or_given_and_batches_are_one_sample() -> None:
     assert found == slimkit.preflight(model, x, "onnxruntime", quantized=False)
 
 
+def test_int8_that_saves_nothing_is_said() -> None:
+    found = slimkit.preflight(Mixed().eval(), IMAGE, "torch")[1]
+    assert not found.problems
+    assert "  larger: " in str(found)
+    wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3)).eval()
+    whole, small = slimkit.preflight(wide, IMAGE, "torch")
+    assert whole.size_bytes > small.size_bytes > 0
+    assert not small.larger
+
+
 class Refusing(Reference):
     """A backend for which something else of slimkit fails than an export."""
 

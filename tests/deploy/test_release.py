@@ -62,7 +62,7 @@ def test_an_int8_file_that_computes_nothing_in_int8_is_an_error(tmp_path) -> Non
 
 
 def test_an_int8_file_that_is_not_smaller_is_an_error(tmp_path) -> None:
-    with pytest.raises(ExportError, match="quantization saved nothing"):
+    with pytest.raises(ExportError, match="quantization saves nothing"):
         released(tmp_path, Fat())
 
 

@@ -16,6 +16,9 @@ import torch
 import yaml
 from little_project import MODULE
 
+from slimkit.recipe import Recipe
+from slimkit.training.workplace import alone, prepare
+
 VARIANTS = """
 import functools
 import signal
@@ -79,6 +82,10 @@ class AgainstTheMean(nn.Sequential):
 class Asking(Data):
     def train_dataloader(self):
         return DataLoader(self.train, 8 // self.trainer.world_size)
+
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
 
 
 def half():
@@ -365,8 +372,53 @@ def test_what_no_backend_can_run_is_said_before_anything_is_trained(project: Pro
     assert "training the dense model" not in done.stderr
     assert project.here("--epochs", "1").returncode == 2  # at its end
     assert (project.folder / "small.work" / "last.ckpt").exists()
-    project.write(model="mine:circular", pretrain={"max_epochs": 1})
-    assert project.here("--epochs", "1").returncode == 0  # on it goes, for another backend
+    project.write(model="mine:circular", pretrain={"max_epochs": 1}, quantize=None)
+    assert project.here("--epochs", "1").returncode == 0  # for another backend
+
+
+@pytest.mark.parametrize("section", [{}, {"train_from": 0.7}])
+def test_a_model_that_is_too_small_for_int8_is_said_before_anything_is_trained(
+    project: Project, section
+) -> None:
+    project.write(model="mine:tiny", quantize=section)
+    done = project.here("--preflight")
+    assert done.returncode == 2, done.stderr
+    assert "torch, int8: " in done.stderr
+    assert "quantization saves nothing" in done.stderr
+    assert "epoch 1" not in done.stderr
+    project.write(model="mine:tiny", quantize=None)
+    assert project.here("--preflight", "--epochs", "1").returncode == 0
+
+
+def test_a_trained_run_goes_on_without_a_backend_that_cannot_run_it(project: Project) -> None:
+    project.write(model="mine:circular", export=["torch", "ncnn"], quantize=None)
+    done = project.here()
+    assert "misread" in done.stderr  # by ncnn, after the training
+    assert "what is trained is kept in" in done.stderr
+    project.write(model="mine:circular", quantize=None)
+    done = project.here()
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert "epoch 2" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stays"),
+    [("ncnn", "torch", True), ("torch", "ncnn", False), ("ncnn", "onnxruntime", True)],
+)
+def test_only_channels_that_suit_the_new_backend_are_gone_on_with(
+    tmp_path: Path, before: str, after: str, stays: bool
+) -> None:
+    said: list[str] = []
+    for backend in (before, after):
+        recipe = Recipe.model_validate({**RECIPE, "quantize": None, "export": [backend]})
+        with alone(tmp_path / "o.work"):
+            prepare(recipe, tmp_path / "o", tmp_path / "o.work", False, said.append)
+            if backend == before:
+                (tmp_path / "o.work" / "last.ckpt").write_bytes(b"trained")
+    assert (tmp_path / "o.work" / "last.ckpt").exists() == stays
+    assert (tmp_path / "o.work.old" / "last.ckpt").exists() != stays
+    assert bool(said) != stays
 
 
 @pytest.mark.parametrize(
