@@ -1,6 +1,9 @@
 """What rewrites of pretrained detectors cost, and how much faster ONNX Runtime gets.
 
-python benchmarks/rewriting.py --data DATA --output benchmarks/rewriting.md
+    PYTHONPATH=.:benchmarks python benchmarks/rewriting.py --data DATA \
+        --output benchmarks/rewriting.md
+
+AP needs pycocotools (`pip install -c constraints.txt pycocotools`).
 
 Outputs are compared on COCO's val2017 images right after each rewrite, without any training. The
 files, of the model as it is and after each rewrite by itself, take turns in one process on one

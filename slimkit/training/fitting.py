@@ -69,6 +69,20 @@ def fit(
     return trainer
 
 
+def refuse_arguments(recipe: Recipe, folder: Path) -> None:
+    """Have Lightning look at the recipe's trainer arguments before anything takes time.
+
+    Args:
+        recipe: gives them.
+        folder: where logs would lie; nothing is written.
+
+    Raises:
+        SlimkitError: Lightning refuses them.
+    """
+    with muted(), _explained(folder):
+        _trainer(recipe, folder, recipe.trainer.max_epochs, [])
+
+
 def epochs_in(checkpoint: Path) -> int:
     """How many epochs were done when it was written.
 

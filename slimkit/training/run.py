@@ -29,7 +29,7 @@ from slimkit.report.curves import write_curves
 from slimkit.training.classification import lightning_of
 from slimkit.training.deployment import Loaders, Release, deploy, example_of
 from slimkit.training.evaluation import muted
-from slimkit.training.fitting import fit
+from slimkit.training.fitting import fit, refuse_arguments
 from slimkit.training.module import SlimModule
 from slimkit.training.preflight import refuse_untrained
 from slimkit.training.processes import is_first, join, meet, nothing, part
@@ -119,6 +119,8 @@ def _run(
     timing = Timing()
     with muted():
         pl.seed_everything(recipe.trainer.seed, workers=True, verbose=False)
+    if recipe.pretrain is not None or recipe.trainer.max_epochs:
+        refuse_arguments(recipe, work)
 
     def anew() -> pl.LightningDataModule:
         data: pl.LightningDataModule = build(

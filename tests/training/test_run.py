@@ -363,6 +363,17 @@ def test_bad_input_exits_with_2_and_says_what(project: Project, changes, message
     assert not (project.folder / "small").exists()
 
 
+def test_wrong_arguments_of_the_trainer_are_said_before_anything_takes_time(
+    project: Project,
+) -> None:
+    project.write(model="mine:raising", trainer={"max_epochs": 1, "precision": "int3"})
+    done = project.here("--preflight")
+    assert done.returncode == 2, done.stderr
+    assert "trainer: Lightning refuses these arguments" in done.stderr
+    assert "int3" in done.stderr
+    assert "no such backbone" not in done.stderr
+
+
 def test_what_no_backend_can_run_is_said_before_anything_is_trained(project: Project) -> None:
     project.write(model="mine:circular", export=["torch", "ncnn"], pretrain={"max_epochs": 1})
     done = project.here("--preflight")
