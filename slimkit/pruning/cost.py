@@ -72,11 +72,17 @@ def size_mb(model: nn.Module) -> float:
 
 
 def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """What the state dict holds, tied tensors under their first name."""
+    """What the state dict holds, tied tensors under their first name.
+
+    A module may save less or other things; these are all that it computes with.
+    """
     first: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):  # a module may save other things beside them
-            first.setdefault(id(tensor), (name, tensor))
+    for path, module in model.named_modules():
+        passing = module._non_persistent_buffers_set
+        kept = {n: b for n, b in module._buffers.items() if n not in passing}
+        for name, tensor in {**module._parameters, **kept}.items():
+            if tensor is not None:
+                first.setdefault(id(tensor), (f"{path}.{name}" if path else name, tensor))
     return dict(first.values())
 
 

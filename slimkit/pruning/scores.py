@@ -138,7 +138,7 @@ def score_of(
     shown = turned.layer(weight.detach())
     squares = None if fisher is None else fisher.get(name)
     if "fisher" in criterion.needs and squares is None:
-        raise _without_gradient(name, criterion)
+        raise without_gradient(name, criterion)
     layer = Layer(
         name=name,
         weight=shown,
@@ -201,11 +201,12 @@ def _gradient(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
     if "gradient" not in criterion.needs:
         return None
     if weight.grad is None:
-        raise _without_gradient(name, criterion)
+        raise without_gradient(name, criterion)
     return weight.grad.detach()
 
 
-def _without_gradient(name: str, criterion: Criterion) -> PruningError:
+def without_gradient(name: str, criterion: Criterion) -> PruningError:
+    """That a criterion of gradients has none of the tensor of that name."""
     return PruningError(
         f"criterion {type(criterion).__name__} needs gradients, but the loss gave {name} none: "
         "does the loss depend on it? Protect that layer, or choose a criterion without gradients "

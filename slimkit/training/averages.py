@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from torch import nn
@@ -26,11 +26,15 @@ def copies_of(module: SlimModule, trainer: pl.Trainer) -> list[SlimModule]:
     Lightning's WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging keep one, and go
     through its parameters and buffers in step with the module's.
     """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set elsewhere
-    held = [value for callback in callbacks for value in vars(callback).values()]
     copies: dict[int, SlimModule] = {}
-    for value in held:
+    for value in held_by_callbacks(trainer):
         for part in value.modules() if isinstance(value, nn.Module) else ():
             if isinstance(part, type(module)) and part is not module:
                 copies[id(part)] = part
     return [*copies.values()]
+
+
+def held_by_callbacks(trainer: pl.Trainer) -> list[Any]:
+    """All attributes of the trainer's callbacks."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set elsewhere
+    return [value for callback in callbacks for value in vars(callback).values()]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimkit.errors import SlimkitError
@@ -16,7 +17,7 @@ from slimkit.places import Place, describe
 
 
 class Catch:
-    """What one forward took and gave; of several forwards, the last.
+    """What one forward took and gave; of several, the last, with gradients if any had them.
 
     Args:
         who: as messages call the network, such as ``the student``.
@@ -29,6 +30,24 @@ class Catch:
         self.kwargs: Mapping[str, Any] = {}
         self.learns = False  # whether gradients flow from what it gave
         self.given: dict[str, Any] = {}  # path of the module -> what it gave
+
+    @property
+    def is_passed_by(self) -> bool:
+        """Whether a forward for a metric runs, behind the one that is learnt from."""
+        return self.learns and not torch.is_grad_enabled()
+
+    def is_behind(self, loss: Tensor) -> bool:
+        """Whether gradients of `loss` flow to what the network gave."""
+        wanted = {t.grad_fn for t in tensors_of(self.given[""]) if t.grad_fn is not None}
+        left, seen = [loss.grad_fn], set[Any]()
+        while left:
+            node = left.pop()
+            if node in wanted:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                left.extend(before for before, _ in node.next_functions)
+        return False
 
     def tensor(self, place: Place) -> Tensor:
         """What was given there; of a list of one, its only tensor.
@@ -71,6 +90,8 @@ def catching(network: nn.Module, places: Iterable[Place], who: str) -> Iterator[
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = own(*args, **kwargs)
+        if catch.is_passed_by:
+            return output
         catch.called, catch.args, catch.kwargs = True, args, kwargs
         catch.given[""] = output
         catch.learns = any(t.requires_grad for t in tensors_of(output))
@@ -78,7 +99,8 @@ def catching(network: nn.Module, places: Iterable[Place], who: str) -> Iterator[
 
     def left(path: str) -> Any:
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            catch.given[path] = output
+            if not catch.is_passed_by:
+                catch.given[path] = output
 
         return keep
 

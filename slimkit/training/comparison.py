@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimkit.batches import labels_of
 from slimkit.errors import PluginError, SlimkitError
@@ -119,6 +119,8 @@ class Comparison:
         sides: tuple[Any, Any] = (student, teacher)
         if loss.places == 1:
             sides = student[0], teacher[0]
+        if loss.compares_samples and len(student[0]) == 1 and self.shapes[max(n, 0)] is not None:
+            return 0.0 * torch.stack([t.sum() for t in student]).sum()  # the last of an epoch
         with blame(self.plugin, f"comparing student and {who} at {self.where}"):
             try:
                 if n >= 0 and self.shapes[n] is None:
@@ -137,12 +139,18 @@ class Comparison:
         return value
 
     def look_at(
-        self, value: Tensor, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], say: Say
+        self,
+        value: Tensor,
+        student: tuple[Tensor, ...],
+        teacher: tuple[Tensor, ...],
+        network: nn.Module,
+        say: Say,
     ) -> None:
         """Look at the first value of a training, before anything has learnt from it.
 
         Raises:
             PluginError: it is not finite, or has no gradient to the student's tensors.
+            SlimkitError: weights of the student's `network` are trained there, but out of reach.
         """
         if not torch.isfinite(value):
             sick = [
@@ -156,6 +164,13 @@ class Comparison:
             )
         learning = [t for t in student if t.requires_grad]
         if not learning:
+            here = (network.get_submodule(place.module) for place in self.places)
+            if any(p.requires_grad for part in here for p in part.parameters()):
+                raise SlimkitError(
+                    f"distill: loss {self.entry.name!r} has no gradient at {self.where}, where "
+                    "weights of the student are trained: it is computed under torch.no_grad(), or "
+                    "in a checkpoint with use_reentrant=True (write use_reentrant=False)"
+                )
             say(
                 f"{self.name} trains nothing of the student as yet: what it compares depends on no "
                 "weight that is trained"

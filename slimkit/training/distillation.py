@@ -109,15 +109,17 @@ class Distillation:
         batch_idx: int = 0,
         now: float = 0.0,
         trainer: pl.Trainer | None = None,
+        inputs: tuple[Any, ...] | None = None,
     ) -> dict[str, Tensor]:
         """Each loss, weighted: name to scalar; and what peers learn, under their names.
 
         Args:
             caught: of the student's forward on the batch.
-            batch: gives labels, and the inputs where the training step went round the forward.
+            batch: gives labels.
             batch_idx: its number in the epoch, for the step of peers.
             now: fraction of the training that has passed.
             trainer: for the step of peers.
+            inputs: of the network, where the training step went round its forward.
 
         Raises:
             PluginError: a loss fails or is no scalar; or, on the first batch, not finite or
@@ -126,7 +128,7 @@ class Distillation:
         """
         if not caught.called:  # the training step went round the forward: run it once more
             with self.watching() as caught:
-                self.student(*self.entry(batch))
+                self.student(*(self.entry(batch) if inputs is None else inputs))
         mine = [comparison.tensors_in(caught) for comparison in self.comparisons]
         parameter = next(self.student.parameters(), None)
         here = torch.zeros(()) if parameter is None else parameter
@@ -163,7 +165,7 @@ class Distillation:
                 theirs = comparison.taken_from(tensors)
                 value = comparison.value(n, student, theirs, batch, whos[n])
                 if not self.tried:
-                    comparison.look_at(value, student, theirs, self.say)
+                    comparison.look_at(value, student, theirs, self.student, self.say)
                 values.append(value if len(shares) == 1 else shares[n] / sum(shares) * value)
             weight = weight_at(comparison.entry.weight, now)
             result[comparison.name] = weight * sum(values[1:], values[0])

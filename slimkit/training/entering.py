@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from slimkit.acceptance import check_samples
 from slimkit.batches import LABELS, beside, first_sample, inputs_of
@@ -20,6 +20,8 @@ from slimkit.evaluating import evaluating, replaced
 from slimkit.training.classification import Classification, network_of
 from slimkit.training.logged import logged
 
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and named arguments."""
 STEPS = ("validation_step", "training_step", "test_step", "predict_step")
 
 
@@ -33,8 +35,9 @@ class Entry:
 
     A step is begun on the batch and broken off at the door of the network, so that no metric, no
     optimizer and no random number moves. The validation step is asked first, since it calls the
-    network as a device will. Where no step comes to the network, inputs are taken from the batch
-    as `slimkit.batches.inputs_of` does.
+    network as a device will, and another one where the network does not run on what that takes of a
+    training batch. Where no step comes to the network, inputs are taken from the batch as
+    `slimkit.batches.inputs_of` does.
 
     Args:
         inner: whose steps they are.
@@ -51,6 +54,7 @@ class Entry:
         self.whole = isinstance(inner, Classification) and path is None
         self._guessed = False  # whether a guess was tried
         self.steps = [name for name in STEPS if overrides(inner, name)]
+        self._chosen: dict[Any, str | None] = {}  # kind of batch -> the step that knows it
 
     def __call__(self, batch: Any, model: nn.Module | None = None) -> tuple[Any, ...]:
         """Positional arguments of the network, on the device of `model`.
@@ -68,17 +72,40 @@ class Entry:
         here = next(self.inner.parameters(), torch.zeros(())).device
         there = next(model.parameters(), torch.zeros(()))
         batch = tree_map_only(Tensor, lambda t: t.to(here), batch)
-        for name in self.steps:
-            call = self._call(name, batch)
-            if call is not None:
-                self.steps = [name, *(n for n in self.steps if n != name)]
-                inputs = positional(self.network, *call)
-                return tree_map_only(Tensor, lambda t: beside(t.detach(), there), inputs)
+        kind = _kind_of(batch)
+        if kind in self._chosen:
+            name = self._chosen[kind]
+            call = None if name is None else self._call(name, batch)
+        else:
+            self._chosen[kind], call = self._choose(batch)
+        if call is not None:
+            inputs = positional(self.network, *call)
+            return tree_map_only(Tensor, lambda t: beside(t.detach(), there), inputs)
         inputs = inputs_of(batch, model)
         if not self._guessed:
             self._try(inputs, model)
             self._guessed = True
         return inputs
+
+    def _choose(self, batch: Any) -> tuple[str, Call] | tuple[None, None]:
+        """The first step that calls the network on such a batch with what it runs on, and how.
+
+        A validation step may take other batches than a training step: fewer views, say.
+        """
+        reached: list[tuple[str, Call]] = []
+        for name in self.steps:
+            call = self._call(name, batch)
+            if call is None:
+                continue
+            reached.append((name, call))
+            try:
+                inputs = positional(self.network, *call)
+                with isolate_rng(), evaluating(self.network), torch.no_grad():
+                    self.network(*first_sample(inputs))
+            except Exception:  # whatever a model raises where the batch is of another step
+                continue
+            return name, call
+        return reached[0] if reached else (None, None)
 
     def _try(self, inputs: tuple[Any, ...], model: nn.Module) -> None:
         """Refuse a guess that the network does not take.
@@ -125,7 +152,7 @@ class Entry:
         for batch in batches:
             yield (self(batch),)
 
-    def _call(self, name: str, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+    def _call(self, name: str, batch: Any) -> Call | None:
         """What the step of that name calls the network with; None if it does not come so far."""
         step = getattr(self.inner, name)
         wanted = list(inspect.signature(step).parameters.values())
@@ -138,6 +165,12 @@ class Entry:
             except Exception:  # the step wants a trainer, or other batches than these
                 return None
         return None
+
+
+def _kind_of(batch: Any) -> Any:
+    """What batches of one loader have in common."""
+    leaves, structure = tree_flatten(batch)
+    return str(structure), tuple(x.dim() if isinstance(x, Tensor) else type(x) for x in leaves)
 
 
 class Entered:

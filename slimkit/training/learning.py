@@ -16,7 +16,7 @@ from slimkit.pruning.removal import Attributes, Kept, fitted, kept_positions, re
 from slimkit.training.comparison import Comparison, Shapes, Sides
 from slimkit.training.cut_features import Cuts, features, kept_channels, since
 from slimkit.training.distillation import Distillation, each_loss
-from slimkit.training.optimizers import add_group_, shrink_optimizers_
+from slimkit.training.optimizers import add_group_, optimizer_of, shrink_optimizers_
 from slimkit.training.pruning import ChannelPruning
 from slimkit.training.ranks import average_gradients_, several, share_
 from slimkit.training.teachers import Average, Teacher
@@ -72,7 +72,7 @@ class DistillationCallback(pl.Callback):
         self, trainer: pl.Trainer, _module: pl.LightningModule, _loss: Tensor
     ) -> None:
         """At the first batch, refuse what pruning would break; train what losses have made."""
-        if not self._checked:
+        if not self._checked and self.distillation.tried:  # steps by hand may begin with others
             self._checked = True
             self._check_survival(trainer)
             self._train_all(trainer)
@@ -124,7 +124,7 @@ class DistillationCallback(pl.Callback):
             raise SlimkitError(
                 f"distill: {what} need an optimizer, but configure_optimizers gave none"
             )
-        optimizer = trainer.optimizers[0]
+        optimizer = optimizer_of(trainer.optimizers, self.module.network)
         add_group_(
             optimizer,
             parameters,
@@ -132,6 +132,7 @@ class DistillationCallback(pl.Callback):
             weight_decay=optimizer.param_groups[0].get("weight_decay", 0.0),
             what=what,
             way_out="choose others, such as kl with the dense teacher",
+            place=self.module.places.get(what),
         )
 
     def _follow(self, trainer: pl.Trainer) -> None:

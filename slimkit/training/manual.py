@@ -36,7 +36,7 @@ def adding(
     def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         nonlocal called, added
         called = True
-        if caught.called and caught.learns and not added:
+        if caught.called and caught.learns and not added and caught.is_behind(loss):
             added = True
             loss = taught(loss)
         own(loss, *args, **kwargs)

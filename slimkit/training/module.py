@@ -12,10 +12,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from slimkit.batches import as_inputs
-from slimkit.copies import compiled_parts
-from slimkit.errors import SlimkitError
+from slimkit.copies import compiled_parts, copied
+from slimkit.errors import QuantizationError, SlimkitError
 from slimkit.parts import complete_, part_of
 from slimkit.pruning.removal import remove_
 from slimkit.pruning.report import PruningReport
@@ -27,7 +28,7 @@ from slimkit.recipe import Recipe
 from slimkit.rewriting.changes import apply_
 from slimkit.rewriting.report import RewritingReport
 from slimkit.rewriting.rewrite import Evaluate, rewrite_
-from slimkit.training.averages import averages_of
+from slimkit.training.averages import averages_of, copies_of
 from slimkit.training.catching import Catch
 from slimkit.training.classification import Classification, network_of
 from slimkit.training.copies import own_copy
@@ -36,6 +37,7 @@ from slimkit.training.entering import Entry, overrides
 from slimkit.training.learning import DistillationCallback
 from slimkit.training.loss_weights import is_constant, weight_at
 from slimkit.training.manual import adding
+from slimkit.training.optimizers import places_of
 from slimkit.training.pruning import ChannelPruning
 from slimkit.training.quantization import QuantizationCallback, scheme_of
 from slimkit.training.restoring import restore_
@@ -46,6 +48,14 @@ from slimkit.training.twins import cut_twin_
 if TYPE_CHECKING:
     from slimkit.training.deployment import Release
 
+_THEIRS = (
+    "_hparams",
+    "_hparams_initial",
+    "_hparams_name",
+    "_log_hyperparams",
+    "_example_input_array",
+)
+"""What loggers take from a module."""
 _OWN = {
     "configure_model",
     "setup",
@@ -109,6 +119,7 @@ class SlimModule(pl.LightningModule):
         self.state = Progress()
         self.fake: FakeQuantization | None = None
         self.curves: Sequence[Curve] | None = None  # for prune.ratios: sensitivity
+        self.places: dict[str, int] = {}  # of parameter groups, in a run that goes on
         self.announce: Callable[[str], None] = _announce
         self._compiled = compiled_parts(module)
         own = complete_(own_copy(module), self.recipe.network)
@@ -118,12 +129,13 @@ class SlimModule(pl.LightningModule):
         elif self.recipe.task == "classification":
             self.inner = Classification(own, self.recipe.optimizer)
         else:
+            _refuse_other_lightning(module)
             raise SlimkitError(
                 f"{type(module).__name__} is no LightningModule: give it a loss with "
                 "'task: classification' in the recipe, or wrap it in a LightningModule of your own"
             )
         self.automatic_optimization = self.inner.automatic_optimization
-        for name in ("_hparams", "_hparams_initial", "_hparams_name", "_log_hyperparams"):
+        for name in _THEIRS:
             if hasattr(self.inner, name):  # so that loggers get the wrapped module's
                 setattr(self, name, getattr(self.inner, name))
         # Held in a tuple so that neither is a submodule: a teacher belongs in no checkpoint, and
@@ -146,6 +158,25 @@ class SlimModule(pl.LightningModule):
     def dense(self) -> nn.Module:
         """A copy of the network as it was given."""
         return self._dense[0]
+
+    @property
+    def strict_loading(self) -> bool:
+        """The wrapped module's: whether checkpoints must hold all of its weights."""
+        return self.inner.strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, strict_loading: bool) -> None:
+        self.inner.strict_loading = strict_loading
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """All tensors by name; of the wrapped module those that it names itself."""
+        if args or kwargs or type(self.inner).state_dict is nn.Module.state_dict:
+            return super().state_dict(*args, **kwargs)
+        own = {f"inner.{name}": tensor for name, tensor in self.inner.state_dict().items()}
+        for name, part in self.named_children():
+            if part is not self.inner:
+                part.state_dict(destination=own, prefix=f"{name}.")
+        return own
 
     @property
     def rewriting(self) -> RewritingReport | None:
@@ -211,14 +242,22 @@ class SlimModule(pl.LightningModule):
         Raises:
             SlimkitError: it makes another network than the one that was wrapped.
         """
+        self._late("configure_model", self.inner.configure_model)
+
+    def _late(self, name: str, hook: Callable[..., Any], *args: Any) -> None:
+        """Call a hook of the wrapped module that may build something.
+
+        Raises:
+            SlimkitError: it makes another network than the one that was wrapped.
+        """
         before = list(self.network.parameters())
-        self.inner.configure_model()
+        hook(*args)
         now = network_of(self.inner, self.recipe.network)
         if now is not self.network or list(map(id, now.parameters())) != list(map(id, before)):
             raise SlimkitError(
-                f"configure_model of {type(self.inner).__name__} builds another network than the "
-                "one that SlimModule was given: let it do nothing where there is one, or build the "
-                "network in __init__"
+                f"{name} of {type(self.inner).__name__} builds another network than the one that "
+                "SlimModule was given: let it do nothing where there is one, or build the network "
+                "in __init__"
             )
 
     def configure_callbacks(self) -> Any:
@@ -249,7 +288,7 @@ class SlimModule(pl.LightningModule):
         if stage == "fit" and self.recipe.quantize is not None:
             for backend in self.recipe.export:  # weight_bits that do not fit are said now
                 scheme_of(backend, self.recipe.quantize)
-        self.inner.setup(stage)
+        self._late("setup", self.inner.setup, stage)
         gate = self.recipe.gates.accuracy_drop
         measured = overrides(self.inner, "validation_step")
         if stage == "fit" and gate is not None and not measured:
@@ -286,6 +325,7 @@ class SlimModule(pl.LightningModule):
         if saved is None:
             raise SlimkitError("this checkpoint was not written by a SlimModule")
         self.state = Progress(**saved["progress"])
+        self.places = places_of(checkpoint.get("optimizer_states", ()))
         self.fake = None
         networks = (self.network, *averages_of(self, self._trainer))
         dense = self._dense_as_rewritten()
@@ -317,6 +357,8 @@ class SlimModule(pl.LightningModule):
                 dict(self.network.named_parameters(remove_duplicate=False)),
             )
             self.fake.state = saved["fake"]["state"]
+            for copy in copies_of(self, self._trainer) if self._trainer is not None else ():
+                copy.fake = copied(self.fake)
         self.inner.on_load_checkpoint(checkpoint)
 
     @property
@@ -351,6 +393,38 @@ class SlimModule(pl.LightningModule):
 
         return simulated
 
+    def _without_recomputing(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """`backward` that refuses to compute operations of the network anew.
+
+        They would compute without fake-quantizers, or count their calls otherwise.
+
+        Raises:
+            QuantizationError: it does.
+        """
+        quantize = self.recipe.quantize
+        if quantize is None or quantize.train_from is None:
+            return backward
+
+        @functools.wraps(backward)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            names = {id(part): name for name, part in self.network.named_modules()}
+
+            def refuse(part: nn.Module, _args: Any) -> None:
+                if id(part) in names:
+                    raise QuantizationError(
+                        f"{names[id(part)] or type(part).__name__} is computed a second time in "
+                        "the backward (gradient checkpointing), where fake-quantizers do not see "
+                        "it: turn checkpointing off, or leave quantize.train_from out"
+                    )
+
+            handle = register_module_forward_pre_hook(refuse)
+            try:
+                return backward(*args, **kwargs)
+            finally:
+                handle.remove()
+
+        return checked
+
     def _train(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The wrapped training step with the distillation losses added."""
 
@@ -366,7 +440,7 @@ class SlimModule(pl.LightningModule):
                 return simulated(*args, **kwargs)
             distillation = self.distillation[0]
             batch = args[0] if args else kwargs.get("batch")
-            batch_idx = args[1] if len(args) > 1 else kwargs.get("batch_idx", 0)
+            batch_idx = self.trainer.fit_loop.batch_idx if self._trainer is not None else 0
             with distillation.watching() as caught:
                 if not self.automatic_optimization:
                     taught = functools.partial(self._taught, caught, batch, batch_idx)
@@ -387,7 +461,9 @@ class SlimModule(pl.LightningModule):
         now = self._now(distillation, batch_idx)
         total = weight_at(distillation.recipe.label_weight, now) * loss
         compare = self._simulated(distillation.losses_of)
-        terms = compare(caught, batch, batch_idx, now, self._trainer)
+        # asked outside of the fake-quantizers' mode, in which a step that breaks off leaves traces
+        inputs = None if caught.called else self.entry(batch)
+        terms = compare(caught, batch, batch_idx, now, self._trainer, inputs)
         for name, value in terms.items():
             self.log(f"distill/{name}", value.detach())
             total = total + value
@@ -425,6 +501,7 @@ class SlimModule(pl.LightningModule):
         for name in ("validation_step", "test_step", "predict_step"):
             if overrides(inner, name):
                 setattr(self, name, self._simulated(getattr(inner, name)))
+        self.backward = self._without_recomputing(self.backward)  # type: ignore[method-assign]
         self.training_step = self._train(inner.training_step)  # type: ignore[method-assign]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -466,6 +543,21 @@ class SlimModule(pl.LightningModule):
         if datamodule is None:
             raise SlimkitError("export needs data to compare on: pass your datamodule")
         return deploy(self, datamodule, Path(directory))
+
+
+def _refuse_other_lightning(module: nn.Module) -> None:
+    """Name the package whose LightningModule this is, where it is the other one.
+
+    Raises:
+        SlimkitError: it is.
+    """
+    names = {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
+    if "lightning" in names:
+        raise SlimkitError(
+            f"{type(module).__name__} is a LightningModule of the package 'lightning', whose "
+            "classes are not those of 'pytorch_lightning': write import pytorch_lightning as pl "
+            "(or as L), for its Trainer and data module as well"
+        )
 
 
 def _announce(line: str) -> None:

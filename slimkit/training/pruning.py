@@ -166,7 +166,7 @@ class ChannelPruning(PruningCallback):
         """Note what may follow the network, to see later whether it does."""
         super().on_train_start(trainer, module)
         if not self.module.state.cut:
-            self._twins = Twins(self.module.inner, self.module.network)
+            self._twins = Twins(self.module, trainer)
 
     def on_before_optimizer_step(
         self,
@@ -229,7 +229,10 @@ class ChannelPruning(PruningCallback):
         assert isinstance(self.masks, Masks)
         assert self.selector is not None
         if not self._chosen:
-            scores = self._scores or self._scores_now()
+            with self._gradients() as there:
+                scores = self._scores or (self._scores_now() if there else {})
+            if not scores:
+                return  # the training step left this batch out
             if several():
                 scores = averaged(scores, self._device)
             kept = self.selector.choose(
@@ -295,7 +298,12 @@ class ChannelPruning(PruningCallback):
             spared=self.selector.spared,
         )
         if self._twins is not None:
-            state.twins = [(twin.path, twin.of) for twin in self._twins.moved()]
+            state.twins = [(twin.path, twin.of) for twin in self._twins.moved() if twin.path]
+            for twin in self._twins.unmoved():
+                self.module.say(
+                    f"{twin.path or 'what a callback holds'} looks like {twin.of or 'the network'} "
+                    "and has not changed so far: it keeps its channels"
+                )
             kept, numbers = self._twins.cut_(pairs)
             report.kept.update(kept)
             report.attributes.update(numbers)

@@ -21,7 +21,7 @@ from slimkit.quantization.fake import FakeQuantization, learns
 from slimkit.recipe import PluginRef, Quantize
 from slimkit.registry import discover
 from slimkit.training.averages import copies_of
-from slimkit.training.optimizers import add_group_
+from slimkit.training.optimizers import add_group_, optimizer_of
 from slimkit.training.ranks import average_gradients_, check_alike, several, share_
 from slimkit.training.strategies import check_strategy
 from slimkit.training.timeline import progress, total_batches
@@ -91,6 +91,8 @@ class QuantizationCallback(pl.Callback):
                 self._tried = True
             return
         module, state = self.module, self.module.state
+        if module.recipe.prune is not None and not state.cut:
+            return  # what is rounded is the network that is left
         if module.fake is None:
             whole = module.entry.tried(batch)
             inputs = first_sample(whole)
@@ -173,11 +175,12 @@ class QuantizationCallback(pl.Callback):
                 "quantizers without parameters, such as minmax"
             )
         add_group_(
-            trainer.optimizers[0],
+            optimizer_of(trainer.optimizers, self.module.network),
             learned,
             [config.scheduler for config in trainer.lr_scheduler_configs],
             learning_rate_scale=self.recipe.learning_rate_scale,
             weight_decay=self.recipe.weight_decay,
+            place=self.module.places.get("learned ranges"),
         )
 
     def _freeze(self, fake: FakeQuantization, now: float) -> None:

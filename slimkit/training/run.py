@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -329,8 +330,10 @@ def _cut_at_once(
     return cut_to_target_(network, selector, scores, target_of(section), inputs)
 
 
-class EpochLine(pl.Callback):
+class EpochLine(Checkpoint):
     """Says after each epoch where the run stands.
+
+    It writes no checkpoint: Lightning calls these last, when all others have logged.
 
     Args:
         say: called with the line.

@@ -18,6 +18,13 @@ def total_batches(trainer: pl.Trainer) -> int:
     batches = trainer.num_training_batches
     epochs = trainer.max_epochs
     if trainer.max_steps is not None and trainer.max_steps > 0:
+        module = trainer.lightning_module
+        if module is not None and not module.automatic_optimization:
+            raise SlimkitError(
+                "max_steps counts every step that the module's own optimization takes, which tells "
+                "no number of batches: set max_epochs, and limit_train_batches where the data has "
+                "no length"
+            )
         by_steps = trainer.max_steps * trainer.accumulate_grad_batches
         if epochs is None or epochs < 0 or math.isinf(batches):
             return int(by_steps)
@@ -60,5 +67,9 @@ def moment(trainer: pl.Trainer, when: float | int) -> float:
 
 def progress(trainer: pl.Trainer, batch_idx: int) -> float:
     """Fraction of the run that lies behind when batch `batch_idx` of this epoch starts."""
-    done = trainer.current_epoch * trainer.num_training_batches + batch_idx
+    if math.isinf(trainer.num_training_batches):
+        loop = trainer.fit_loop.epoch_loop
+        done = loop.total_batch_idx - loop.batch_idx + batch_idx
+    else:
+        done = int(trainer.current_epoch * trainer.num_training_batches) + batch_idx
     return float(min(1.0, done / total_batches(trainer)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,7 @@ from slimkit.batchnorm import reestimate_
 from slimkit.errors import PruningError, SlimkitError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.masks import Masks
-from slimkit.pruning.scores import GRADIENTS
+from slimkit.pruning.scores import GRADIENTS, without_gradient
 from slimkit.pruning.sparsity import WeightMasks
 from slimkit.pruning.statistics import MEASURED, Measured, measure
 from slimkit.recipe import Prune
@@ -57,6 +58,7 @@ class PruningCallback(pl.Callback, ABC):
         self._collected = False  # whether the batch's gradients are in the scores
         self._samples = 1  # of the batch
         self._scores: dict[str, Tensor] = {}
+        self._reached: set[str] = set()  # scored tensors that some loss has given a gradient
         self._recent: deque[Any] = deque(maxlen=recipe.data_batches)  # what a forward measures
         self._measured: dict[str, Measured] | None = None
         self._settling: dict[_BatchNorm, float | None] = {}
@@ -86,11 +88,16 @@ class PruningCallback(pl.Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped."""
-        return {"scores": self._scores, "settle_left": self._settle_left}
+        return {
+            "scores": self._scores,
+            "reached": sorted(self._reached),
+            "settle_left": self._settle_left,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the scores collected and the batch-norm batches left."""
         self._scores, self._settle_left = state_dict["scores"], state_dict["settle_left"]
+        self._reached = set(state_dict.get("reached", ()))
 
     def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Place the window; go on settling batch-norm where the run was resumed in its middle."""
@@ -211,10 +218,49 @@ class PruningCallback(pl.Callback, ABC):
                 "keep with prune.protect, or choose a criterion without gradients such as 'l1'"
             )
 
+    def _refuse_unreached(self) -> None:
+        """Refuse a criterion of gradients where no batch has given some weights any.
+
+        Raises:
+            PruningError: there are such weights.
+        """
+        if not self.needs_gradient:
+            return
+        named = dict(self.module.network.named_parameters(remove_duplicate=False))
+        for name in self._scored():
+            if name in named and named[name].dim() > 1 and name not in self._reached:
+                raise without_gradient(name, self.criterion)
+
     def _collect_scores(self) -> None:
-        """Add the scores of the present weights and gradients to those since the last update."""
-        for name, score in self._scores_now().items():
-            self._scores[name] = self._scores[name] + score if name in self._scores else score
+        """Add the scores of the present weights and gradients to those since the last update.
+
+        A weight that this batch's loss does not depend on (a head of another task) has a gradient
+        of zero; a batch that the training step left out says nothing.
+        """
+        with self._gradients() as there:
+            if there:
+                for name, score in self._scores_now().items():
+                    known = self._scores.get(name)
+                    self._scores[name] = score if known is None else known + score
+
+    @contextmanager
+    def _gradients(self) -> Iterator[bool]:
+        """Inside, what is scored has gradients; false where it has none, though it should."""
+        if not self.needs_gradient:
+            yield True
+            return
+        named = dict(self.module.network.named_parameters(remove_duplicate=False))
+        scored = {name: named[name] for name in self._scored() if name in named}
+        reached = {name for name, p in scored.items() if p.grad is not None}
+        self._reached |= reached
+        absent = [p for name, p in scored.items() if name not in reached and reached]
+        for parameter in absent:
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            yield bool(reached)
+        finally:
+            for parameter in absent:
+                parameter.grad = None
 
     def _scores_now(self) -> dict[str, Tensor]:
         """The scores of the present weights and gradients.
@@ -247,7 +293,7 @@ class PruningCallback(pl.Callback, ABC):
         if due > self.module.state.updates:
             if not self.needs_gradient:
                 self._collect_scores()
-            if not self._scores and not self.module.automatic_optimization:
+            if not self._scores:
                 return  # no step of this network's optimizer yet
             self._take(due)
 
@@ -259,6 +305,9 @@ class PruningCallback(pl.Callback, ABC):
         """
         if several():
             self._scores = averaged(self._scores, self._device)
+        self._refuse_unreached()
+        if not self._scores:
+            raise without_gradient(self._scored()[0], self.criterion)
         self._update(due)
         if several():
             check_alike(self.module.state.living, "choice of what stays", PruningError)
@@ -284,7 +333,8 @@ class PruningCallback(pl.Callback, ABC):
             self._settle_left = self.recipe.batchnorm_batches
             self._start_settling()
             for norm in self._settling:
-                norm.reset_running_stats()
+                if norm.training:  # what the user keeps in evaluation mode never fills up again
+                    norm.reset_running_stats()
 
     def _placed(self, trainer: pl.Trainer) -> tuple[float, float]:
         """Begin and end of the window as fractions of the training.

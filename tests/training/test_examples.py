@@ -491,3 +491,17 @@ def test_entries_are_taken_from_the_step_that_worked_before() -> None:
     assert torch.equal(entry(batch)[0], batch[0])
     assert torch.equal(entry(batch)[0], batch[0])
     assert calls == ["validation", "training", "training"]
+
+
+def test_a_step_that_knows_other_batches_is_passed_over() -> None:
+    """Two views in training and images in validation, as contrastive learning has them."""
+
+    class Views(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            (one, other), labels = batch
+            return super().training_step((one + other, labels), batch_idx)
+
+    images_, labels = images()
+    entry = Entry(Views())
+    assert torch.equal(entry(((images_, images_), labels))[0], 2 * images_)
+    assert torch.equal(entry((images_, labels))[0], images_)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from slimkit.builtin.losses.tensors import logits, unit
+from slimkit.builtin.losses.tensors import class_logits, unit
 from slimkit.interfaces import DistillationLoss
 
 
@@ -35,9 +35,9 @@ class DIST(DistillationLoss):
         Positions of a map count as samples.
 
         Raises:
-            ValueError: the shapes differ.
+            ValueError: the shapes differ, or there is one class.
         """
-        logits(student, teacher)
+        class_logits(student, teacher)
         p, q = (
             functional.softmax(x.float().movedim(1, -1).flatten(0, -2) / self.temperature, dim=1)
             for x in (student, teacher)

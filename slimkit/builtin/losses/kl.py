@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from slimkit.builtin.losses.tensors import logits
+from slimkit.builtin.losses.tensors import class_logits
 from slimkit.interfaces import DistillationLoss
 
 
@@ -31,9 +31,9 @@ class KL(DistillationLoss):
         """Divergence in nats times temperature squared; logits of shape (batch, classes, ...).
 
         Raises:
-            ValueError: the shapes differ.
+            ValueError: the shapes differ, or there is one class.
         """
-        logits(student, teacher)
+        class_logits(student, teacher)
         log_student = functional.log_softmax(student.float() / self.temperature, dim=1)
         log_teacher = functional.log_softmax(teacher.float() / self.temperature, dim=1)
         divergence = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True)

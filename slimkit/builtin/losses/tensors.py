@@ -31,7 +31,24 @@ def same_samples(student: Tensor, teacher: Tensor) -> None:
             "whose dimension 0 is the batch"
         )
     if len(student) < 2:
-        raise ValueError("a single sample has no relation to others: use batches of two or more")
+        raise ValueError(
+            "a single sample has no relation to others: use batches of two or more, and "
+            "drop_last=True in the loader"
+        )
+
+
+def class_logits(student: Tensor, teacher: Tensor) -> None:
+    """Refuse logits of different shapes, (batch, classes, ...), and those of a single class.
+
+    Raises:
+        ValueError: the shapes differ, or there are no two classes.
+    """
+    logits(student, teacher)
+    if student.shape[1] == 1:
+        raise ValueError(
+            "the softmax of a single logit is always 1 and teaches nothing: take bce-logits, for a "
+            "regression feature-mse, or write distill: false"
+        )
 
 
 def logits(student: Tensor, teacher: Tensor) -> None:
