@@ -389,8 +389,12 @@ def test_what_was_checked_is_not_exported_again(
     assert files[0] == files[1]
 
 
-def test_a_softmax_over_many_values_is_right(tmp_path: Path) -> None:
-    """ONNX Runtime's integer one overflows where its output's steps are fine."""
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("values", [2, 3, 4, 49])
+def test_a_softmax_is_right_however_long_its_rows_are(
+    tmp_path: Path, values: int, axis: int
+) -> None:
+    """ONNX Runtime's integer one overflows where its output's steps are fine, gates of two too."""
 
     class Even(nn.Module):
         def __init__(self) -> None:
@@ -398,9 +402,9 @@ def test_a_softmax_over_many_values_is_right(tmp_path: Path) -> None:
             self.before, self.after = Round(), Round()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.after(self.before(x).softmax(-1))
+            return self.after(self.before(x).softmax(axis))
 
-    x = normal(1, 4, 49)
+    x = 0.2 * normal(1, *((values, 8) if axis == 1 else (8, values)))
     deployed = deployable(Even(), x)
     run = OnnxRuntime().load(compiled(deployed, tmp_path))
     assert "QLinearSoftmax" not in OnnxRuntime().operators(tmp_path)
