@@ -32,7 +32,7 @@ from slimkit.weights import sick
 DOUBT_DB = 30.0
 """Signal to difference of an int8 file below which its float twin is made and compared as well."""
 LEAST_SHARE = 0.9
-"""Agreement of an int8 file below which `export` warns."""
+"""Agreement of an int8 file below which `export` warns, as it does below `LEAST_DB`."""
 
 
 class Artifact:
@@ -225,7 +225,7 @@ def _doubted(row: Row, network: nn.Module, backend: Backend, inputs: tuple[Any, 
             raise
     except Exception:  # a backend for integers alone, say: what the int8 file is worth is known
         pass
-    if row.agreement.share < LEAST_SHARE:
+    if row.agreement.share < LEAST_SHARE or worst < LEAST_DB:
         warnings.warn(
             f"the int8 file for {row.runtime} agrees with its simulation in "
             f"{row.agreement.share:.1%} only ({worst:.1f} dB of signal to difference): the "

@@ -148,6 +148,7 @@ class Finished(nn.Module):
         self.traced = traced = trace(model, inputs)
         self.sites = fake.sites if fake is not None else Sites()
         self.roundings: dict[str, _Rounding] = {}
+        self._made: dict[str, list[str]] = {}  # path of a weight -> constants made of it
         for name in self.sites.activations:
             assert fake is not None
             scale, zero_point = fake[name].qparams()
@@ -181,7 +182,8 @@ class Finished(nn.Module):
         traced: Trace,
     ) -> None:
         """Make one layer's constants: folded, and integer where it is quantized."""
-        weight = state[call.weight_path or ""].detach()
+        path = call.weight_path or ""
+        weight = state[path].detach()
         bias_path = call.bias_path
         bias = state[bias_path].detach().clone() if bias_path is not None else None
         factor = None
@@ -192,7 +194,7 @@ class Finished(nn.Module):
         names = _Weights(f"{at}_weight", None if bias is None else f"{at}_bias")
         if call.name not in self.sites.weights:
             assert factor is not None
-            self.register_buffer(names.weight, weight * spread(factor, weight))
+            names.weight = self._kept(names.weight, path, weight * spread(factor, weight))
         else:
             assert fake is not None
             quantizer, _ = fake.sites.weights[call.name]
@@ -221,16 +223,15 @@ class Finished(nn.Module):
                     least = grid.steps((bias / (step * _ROOM)).abs())
                     integers, scale = _with_room(integers, scale, least)
             scale = torch.where(scale > _TINY, scale, torch.ones_like(scale))
-            self.register_buffer(names.weight, integers.to(_dtype(grid)))
-            names.scale, names.grid = f"{at}_scale", grid
-            self._add_scale(names.scale, scale, weight.shape[grid.axis])
+            names.weight = self._kept(names.weight, path, integers.to(_dtype(grid)))
+            names.grid = grid
+            names.scale = self._scale(f"{at}_scale", path, scale, weight.shape[grid.axis])
             if bias is not None and step is not None:
-                names.bias_scale = f"{at}_bias_scale"
                 bias_scale = scale * step
-                self._add_scale(names.bias_scale, bias_scale, len(bias))
+                names.bias_scale = self._scale(f"{at}_bias_scale", path, bias_scale, len(bias))
                 bias = (bias.double() / bias_scale).round().clamp(-_INT32, _INT32).to(torch.int32)
-        if names.bias is not None:
-            self.register_buffer(names.bias, bias)
+        if names.bias is not None and bias is not None:
+            names.bias = self._kept(names.bias, path, bias)
         self.layers[call.name] = names
 
     def _empty_unused_(self, traced: Trace) -> None:
@@ -264,10 +265,24 @@ class Finished(nn.Module):
             q, getattr(self, scale), zeros, axis, qmin, qmax, q.dtype
         )
 
-    def _add_scale(self, name: str, scale: Tensor, channels: int) -> None:
-        scale = scale.reshape(-1).expand(channels).contiguous()
-        self.register_buffer(name, scale)
-        self.register_buffer(f"{name}_zeros", torch.zeros(channels, dtype=torch.int64))
+    def _kept(self, name: str, path: str, constant: Tensor) -> str:
+        """The name that it has from now on: another one's where they are equal and of one weight.
+
+        A layer that is called again and again has its constants once in a file.
+        """
+        for other in self._made.setdefault(path, []):
+            before = getattr(self, other)
+            if before.dtype == constant.dtype and torch.equal(before, constant):
+                return other
+        self._made[path].append(name)
+        self.register_buffer(name, constant)
+        return name
+
+    def _scale(self, name: str, path: str, scale: Tensor, channels: int) -> str:
+        kept = self._kept(name, path, scale.reshape(-1).expand(channels).contiguous())
+        if kept == name:
+            self.register_buffer(f"{name}_zeros", torch.zeros(channels, dtype=torch.int64))
+        return kept
 
     def forward(self, *args: Any) -> Any:
         """The model's outputs, computed as on the device."""

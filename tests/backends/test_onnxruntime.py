@@ -15,6 +15,7 @@ from nets import normal
 from quantized_programs import Layer, Round, deployable, simulate
 from torch import Tensor, nn
 
+import slimkit
 from slimkit.builtin.backends import onnxruntime as backend
 from slimkit.builtin.backends.onnxruntime import OnnxRuntime
 from slimkit.errors import ExportError
@@ -409,3 +410,25 @@ def test_a_softmax_is_right_however_long_its_rows_are(
     run = OnnxRuntime().load(compiled(deployed, tmp_path))
     assert "QLinearSoftmax" not in OnnxRuntime().operators(tmp_path)
     assert sqnr(simulate(deployed, x)[0], run(x)[0]) >= 50
+
+
+def test_a_layer_that_is_called_again_has_its_integers_once_in_the_file(tmp_path: Path) -> None:
+    class Again(nn.Module):
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.times, self.layer = times, nn.Conv2d(64, 64, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.times):
+                x = self.layer(x).relu()
+            return x
+
+    sizes, x = [], normal(1, 64, 8, 8)
+    for times in (2, 5):
+        torch.manual_seed(0)
+        small = slimkit.quantize(Again(times).eval(), [x])
+        folder = tmp_path / str(times)
+        artifact = slimkit.export(small, x, directory=folder)
+        assert artifact.agreement == 1
+        sizes.append(artifact.size_bytes)
+    assert sizes[1] < sizes[0] + 5000 < 2 * sizes[0]
