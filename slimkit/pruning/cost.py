@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimkit.batches import fresh
@@ -94,25 +95,60 @@ PRODUCTS = ("addmm", "matmul", "mm")
 
 
 class _Uses(CallMode):
-    """Counts how often a forward uses one weight of each parameter."""
+    """Counts how often a forward uses one weight of each parameter.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: runs inside.
+        flops: counts in the same forward.
+    """
+
+    def __init__(self, model: nn.Module, flops: FlopCounterMode) -> None:
         super().__init__(model)
+        self.flops = flops
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.uses: dict[str, float] = {}
+        # what is computed of parameters and buffers alone, and of which
+        self._made_of: dict[int, frozenset[str]] = {id(b): frozenset() for b in model.buffers()}
+        self._made_of |= {number: frozenset([name]) for number, name in self.names.items()}
+        self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
 
     def on_call(self, name: str, op: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before, known = self.flops.get_total_flops(), dict(self.uses)
         out = func(*args, **kwargs)
+        self._count(name, op, args, kwargs, out)
+        macs = (self.flops.get_total_flops() - before) // 2
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if macs and self.uses == known:
+            self._count_made(given, macs)
+        if all(id(tensor) in self._made_of for tensor in given):
+            names = frozenset[str]().union(*(self._made_of[id(tensor)] for tensor in given))
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor) and id(tensor) not in self._made_of:
+                    self._made_of[id(tensor)] = names
+                    self._alive.append(tensor)
+        return out
+
+    def _count_made(self, given: Iterable[Tensor], macs: int) -> None:
+        """A product with what is computed of one weight alone uses that weight's values alike."""
+        made = [self._made_of[id(t)] for t in given if id(t) in self._made_of and t.dim() > 1]
+        names = {name for each in made for name in each if len(self.shapes[name]) > 1}
+        if len(names) == 1 and len(made) == 1:
+            (weight,) = names
+            count = macs / math.prod(self.shapes[weight])
+            self.uses[weight] = self.uses.get(weight, 0.0) + count
+
+    def _count(self, name: str, op: str, args: Any, kwargs: Any, out: Any) -> None:
+        """What a known operation uses of its weights."""
         if op in PRODUCTS and len(args) >= 2:
             self._count_product(out, *args[-2:])
-            return out
+            return
         if op.removesuffix("_cell") in RECURRENT:
             self._count_steps(op, args)
-            return out
+            return
         given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
         if op not in WEIGHTED:
-            return out
+            return
         # a weight that is computed in the forward (standardized, say) stands for the layer's own
         own = name.partition(":")[0].replace("/", ".") + ".weight"
         weight = self.names.get(id(given["weight"]), own.lstrip("."))
@@ -121,7 +157,6 @@ class _Uses(CallMode):
             positions = given["input"] if "transpose" in op else out
             channels = positions.shape[-1 if op == "linear" else -1 - int(op[-2])]
             self.uses[weight] = self.uses.get(weight, 0.0) + positions.numel() / channels
-        return out
 
     def _count_steps(self, op: str, args: Any) -> None:
         """A recurrent layer's matrices, which come behind its state; packed data, in four parts."""
@@ -169,8 +204,9 @@ class CostModel:
         """Measure `model` once."""
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         probe = _ready_to_count(copied(model, share=True))
-        uses = _Uses(probe)
-        with without_fast_paths(), _counter() as flops, uses:
+        flops = _counter()
+        uses = _Uses(probe, flops)
+        with without_fast_paths(), flops, uses:
             probe(*fresh(example_inputs))
         stored = {n: (tuple(t.shape), t.element_size()) for n, t in _stored(model).items()}
         return cls(uses.uses, shapes, int(flops.get_total_flops()) // 2, stored)

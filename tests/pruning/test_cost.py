@@ -1,6 +1,7 @@
 """Costs against the formulas on paper, and predictions against what is measured after cutting."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -163,3 +164,44 @@ def test_attention_costs_what_it_is_made_of():
     model = Net(lambda net, x: net.layer(x, x, x, need_weights=False)[0], layer=layer)
     counts = CostModel.of(model, (x,)).measured_macs, macs(model, (x,))
     assert counts[0] == counts[1] >= 5 * 4 * 64  # the projections at least
+
+
+class Feed(nn.Module):
+    """A linear layer whose weight is used in a way of its own, between two plain ones."""
+
+    def __init__(self, use, *shape):
+        super().__init__()
+        self.use, self.w = use, nn.Parameter(torch.randn(*shape))
+        self.before, self.behind = nn.Linear(4, 6), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.behind(self.use(self.before(x), self.w))
+
+
+def standardized(x, w):
+    return nn.functional.linear(x, (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1e-5))
+
+
+FORMS = {
+    "transposed": (lambda x, w: x @ w.t(), (5, 6)),
+    "einsum": (lambda x, w: torch.einsum("oi,bti->bto", w, x), (5, 6)),
+    "expanded": (lambda x, w: torch.bmm(x, w.expand(len(x), -1, -1)), (6, 5)),
+    "a slice": (lambda x, w: x @ w[0], (1, 6, 5)),
+    "experts": (lambda x, w: torch.einsum("bti,eio->beto", x, w).mean(1), (2, 6, 5)),
+    "scaled": (lambda x, w: nn.functional.linear(x, 0.5 * w), (5, 6)),
+    "standardized": (standardized, (5, 6)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_cost_what_they_are_used_however_they_are_written(form):
+    use, shape = FORMS[form]
+    model, x = Feed(use, *shape), torch.randn(2, 7, 4)
+    cost = CostModel.of(model, (x,))
+    assert cost.fixed_macs == 0
+    assert cost.measured_macs == 14 * (24 + math.prod(shape) + 15)
+    groups = analyse(model, (x,)).groups
+    stay = {g.name: torch.arange(0, g.channels, 2) for g in groups}
+    predicted = cost.predict(Counting(groups).removed(stay))[0]
+    remove_(model, kept_positions((g, stay[g.name]) for g in groups))
+    assert predicted == macs(model, (x,)) < cost.measured_macs
