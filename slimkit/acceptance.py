@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimkit.batches import fresh, samples_in, samples_of
 from slimkit.errors import SlimkitError, in_one_line
@@ -46,16 +46,40 @@ def check_single(model: nn.Module) -> None:
             )
 
 
-def _repeats(model: nn.Module, inputs: tuple[Any, ...], before: Tensor, number: int) -> bool:
-    """Whether the second sample gives the same again: what draws at random is told elsewhere."""
-    with evaluating(model):
-        again = tensors_of(model(*fresh(samples_of(inputs, 1, 2))))[number]
-    return torch.equal(again, before)
+@torch.no_grad()
+def check_repeats(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Refuse a model that gives something else each time it runs in evaluation mode.
+
+    No two of its forwards can be compared, so neither a cut nor a file can be verified. A model
+    that does not run passes: others say why.
+
+    Raises:
+        SlimkitError: it does.
+    """
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=_cuda_of(inputs)):
+            once, again = (tensors_of(model(*fresh(inputs))) for _ in range(2))
+    except Exception:  # whatever a model raises
+        return
+    for a, b in zip(once, again, strict=False):
+        if a.shape != b.shape or not a.is_floating_point() or not a.numel():
+            continue
+        if float((a - b).abs().max()) > 1e-5 + _NEAR * float(a.abs().max()):
+            raise SlimkitError(
+                f"{type(model).__name__} gives something else each time it runs in evaluation "
+                "mode, so nothing made of it can be verified: it draws random numbers (F.dropout "
+                "without training=self.training, randn_like, noise). Let it draw only where "
+                "self.training, or take the noise as an input"
+            )
+
+
+def _cuda_of(inputs: tuple[Any, ...]) -> list[torch.device]:
+    return list({t.device for t in tensors_of(inputs) if t.device.type == "cuda"})
 
 
 @torch.no_grad()
 def check_samples(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Refuse a model that computes something else of a sample alone than of two together.
+    """Refuse a model that is random, or computes something else of a sample alone than of two.
 
     Files take one sample, and dimension 0 counts them. Recurrent networks that have time there,
     and models that compare samples of a batch, would become files of something else.
@@ -67,6 +91,7 @@ def check_samples(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     Raises:
         SlimkitError: it does.
     """
+    check_repeats(model, samples_of(inputs, 0, 1))
     if samples_in(inputs) < 2:
         return
     try:
@@ -85,7 +110,7 @@ def check_samples(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not (floats and len(a) == 2 and a[1:].shape == b.shape):
             continue
         apart, largest = (a[1:] - b).abs(), float(a.abs().max())
-        if float(apart.max()) > 1e-5 + _NEAR * largest and _repeats(model, inputs, b, number):
+        if float(apart.max()) > 1e-5 + _NEAR * largest:
             raise SlimkitError(
                 f"{type(model).__name__} computes something else of a sample alone than of two "
                 f"together (output {number}): files take one sample, and dimension 0 of each input "

@@ -104,12 +104,13 @@ def test_one_sample_tells_nothing_and_other_outputs_are_no_samples() -> None:
     check_samples(Pairs(), (X,))
 
 
-def test_what_draws_at_random_is_no_matter_of_samples() -> None:
-    class Noisy(nn.Module):
+def test_what_draws_at_random_is_not_said_to_mix_samples() -> None:
+    class Drawing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.rand_like(x)
 
-    check_samples(Noisy(), (X,))
+    with pytest.raises(SlimkitError, match="gives something else each time"):
+        check_samples(Drawing(), (X,))
 
 
 def test_batch_norm_is_looked_at_in_evaluation_mode() -> None:
@@ -150,3 +151,24 @@ def test_inputs_that_do_not_go_together_in_twos_are_said() -> None:
 
     with pytest.raises(SlimkitError, match="dimension 0 of each must count samples"):
         check_samples(Fixed(), (X,))
+
+
+class Noisy(nn.Module):
+    """Forgets to draw in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(nn.functional.dropout(self.a(x).relu(), 0.3))
+
+
+@pytest.mark.parametrize("name", ["prune", "export", "preflight"])
+def test_a_model_that_is_random_in_evaluation_is_refused_as_such(name: str, tmp_path: Path) -> None:
+    noisy = Noisy()
+    state = torch.random.get_rng_state()
+    with pytest.raises(SlimkitError, match="Noisy gives something else each time it runs in eval"):
+        CALLS[name](noisy, tmp_path)
+    if name != "preflight":  # which runs it first of all
+        assert torch.equal(torch.random.get_rng_state(), state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from slimkit.pruning.written import Written
+from slimkit.silence import silenced
 
 
 def exported(model: nn.Module, example_inputs: tuple[Any, ...]) -> Written:
@@ -18,8 +18,7 @@ def exported(model: nn.Module, example_inputs: tuple[Any, ...]) -> Written:
     Raises:
         Exception: whatever torch.export raises.
     """
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), silenced():
         program = torch.export.export(model, example_inputs, strict=False)
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     state: dict[fx.Node, list[str]] = {}

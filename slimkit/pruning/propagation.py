@@ -28,6 +28,15 @@ Rule = Callable[["Propagation", fx.Node, str], Any]
 """Ties what an operation ties, and gives the `Dims` of its result (a tuple of them for several)."""
 
 
+_PLAIN = " (rewrite: [plain-weights] first makes the weight a plain one)"
+WAYS_OUT = {
+    "_weight_norm": _PLAIN,
+    "_weight_norm_interface": _PLAIN,
+    "mv": f" in spectral_norm{_PLAIN}",
+}
+"""What helps against operations that are not understood."""
+
+
 @dataclass(frozen=True)
 class Doubt:
     """Channels that pass an operation with a size in it, which may be a constant of the code.
@@ -130,7 +139,7 @@ class Propagation:
         name = packet.__name__ if packet is not None else str(node.target)
         rule = self.rules.get(name) or self.rules.get(name.removesuffix("_"))
         if rule is None:
-            self._give_up(node, f"the operation {name} is not understood")
+            self._give_up(node, f"the operation {name} is not understood{WAYS_OUT.get(name, '')}")
             return
         try:
             followed = rule(self, node, name)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slimkit.acceptance import check_module
+from slimkit.acceptance import check_module, check_repeats
 from slimkit.batches import as_inputs, finite, inputs_of
 from slimkit.batchnorm import reestimate_
 from slimkit.copies import copied
@@ -64,6 +64,7 @@ def analyse(
         raise PruningError(f"{broken[0]} holds NaN or infinity; prune a model that works")
     if not finite(inputs):
         raise PruningError("example_inputs hold NaN or infinity")
+    check_repeats(model, inputs)
     coupling = find_groups(model, inputs, engine, attention)
     frozen = dict(coupling.frozen)
     groups = list(coupling.groups)

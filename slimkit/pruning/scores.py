@@ -75,7 +75,7 @@ def group_scores(
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     totals = {g.name: torch.zeros(g.channels, dtype=torch.float64) for g in coupling.groups}
-    silent = set(totals)
+    silent, dead = set(totals), set[str]()
     members: dict[str, list[tuple[str, Member]]] = {}
     for group in coupling.groups:
         for member in group.members:
@@ -86,7 +86,11 @@ def group_scores(
             continue
         norm = next((member.norm for _, member in holders if member.norm), "")
         gamma = tensors.get(f"{norm}.weight")
-        score = score_of(model, name, weight, criterion, measured, fisher, gamma)
+        try:
+            score = score_of(model, name, weight, criterion, measured, fisher, gamma)
+        except MissingGradientError:  # a dead layer: others of its groups may tell enough
+            dead.update(group_name for group_name, _ in holders)
+            continue
         if score is None:
             continue
         for group_name, member in holders:
@@ -99,6 +103,8 @@ def group_scores(
             silent.discard(group_name)
     if silent:
         name = next(g.name for g in coupling.groups if g.name in silent)
+        if name in dead:
+            raise without_gradient(f"any layer of {name!r}", criterion)
         raise PruningError(
             f"criterion {type(criterion).__name__} says nothing about the channels of {name!r}, "
             f"which lack what it looks at ({', '.join(sorted(criterion.needs)) or 'weights'}): "
@@ -205,9 +211,13 @@ def _gradient(name: str, weight: Tensor, criterion: Criterion) -> Tensor | None:
     return weight.grad.detach()
 
 
-def without_gradient(name: str, criterion: Criterion) -> PruningError:
+class MissingGradientError(PruningError):
+    """A criterion of gradients has none of some tensor."""
+
+
+def without_gradient(name: str, criterion: Criterion) -> MissingGradientError:
     """That a criterion of gradients has none of the tensor of that name."""
-    return PruningError(
+    return MissingGradientError(
         f"criterion {type(criterion).__name__} needs gradients, but the loss gave {name} none: "
         "does the loss depend on it? Protect that layer, or choose a criterion without gradients "
         "such as 'l1'"
@@ -255,7 +265,7 @@ def scores_over_batches(
             scores = score(model, coupling, criterion, found, squares)
             for name, values in scores.items():
                 totals[name] = totals.get(name, 0.0) + values
-    if not totals:
+    if not used:
         raise PruningError("the criterion needs gradients, but the data gave no batch")
     return {name: total / used for name, total in totals.items()}
 

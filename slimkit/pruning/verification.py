@@ -35,6 +35,7 @@ from slimkit.pruning.removal import (
 
 MANY = 32  # channels, of which a random half can hardly be the right ones by chance
 OTHERWISE = "removing its channels changes the output otherwise than zeroing them does"
+NOT_A_NUMBER = "zeroing its channels gives NaN"
 
 
 def verified(model: nn.Module, coupling: Coupling, inputs: tuple[Any, ...]) -> Coupling:
@@ -224,8 +225,8 @@ class Trial:
             stay = [best(*choice) for choice in zip(groups, orders, sizes, strict=True)]
             kept = list(zip(groups, stay, strict=True))
             reason = self._difference(kept)
-            if reason == OTHERWISE:
-                reason = self._difference_without_norms(kept)
+            if reason in (OTHERWISE, NOT_A_NUMBER):
+                reason = self._difference_without_norms(kept, reason)
             if reason:
                 return reason
         return self._failure_in_training(kept)
@@ -276,19 +277,20 @@ class Trial:
         if [x.shape for x in expected] != [x.shape for x in after]:
             return "its channels are the model's output"
         if any(x.isnan().any() for x in expected):
-            return "zeroing its channels gives NaN"
+            return NOT_A_NUMBER
         return "" if _same(expected, after) else OTHERWISE
 
-    def _difference_without_norms(self, kept: Sequence[tuple[Group, Tensor]]) -> str:
+    def _difference_without_norms(self, kept: Sequence[tuple[Group, Tensor]], reason: str) -> str:
         """The same where something is computed over all channels of some groups.
 
         Those are not another function only if their channels can change places; all others must
-        stand removal by themselves.
+        stand removal by themselves. Where channels of zeros give no number, as in front of a
+        division by them, none can be compared with them, and all must change places.
         """
-        normed = [group for group, _ in kept if group.normed]
+        normed = [group for group, _ in kept if group.normed or reason == NOT_A_NUMBER]
         if not normed or not all(_is_even(group) for group in normed):
-            return OTHERWISE
-        others = [pair for pair in kept if not pair[0].normed]
+            return reason
+        others = [pair for pair in kept if pair[0] not in normed]
         if others and (reason := self._difference(others)):
             return reason
         original = tensors_of(self._copy().eval()(*fresh(self.inputs)))

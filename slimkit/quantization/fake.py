@@ -110,12 +110,15 @@ class FakeQuantization(nn.Module):
             reason = "it reads or makes minus infinity, as masks of attention do"
             sites = find_sites(traced, scheme, keep_float, apart | dict.fromkeys(masks, reason))
         if not sites.weights and not sites.activations:
-            why = [f"{call}: {reason}" for call, reason in list(sites.skipped.items())[:5]]
+            why = [f"{', '.join(calls[:3])}: {reason}" for reason, calls in _by_reason(sites)]
             wanted = ", ".join(sorted(scheme.operations))
             raise QuantizationError(
-                f"nothing of {type(model).__name__} would be quantized: it calls none of the "
-                "operations that the backend computes in integers "
-                + "; ".join([f"({wanted})", *why])
+                f"nothing of {type(model).__name__} would be quantized: "
+                + (
+                    "; ".join(why)
+                    or "it calls none of the operations that the backend computes in integers "
+                    f"({wanted})"
+                )
             )
         return cls(sites, scheme, weights, activations, parameters)
 
@@ -279,6 +282,14 @@ class _FakeMode(SiteMode):
 
 
 @torch.no_grad()
+def _by_reason(sites: Sites) -> list[tuple[str, list[str]]]:
+    """Calls that stay in float, by the reason."""
+    found: dict[str, list[str]] = {}
+    for call, reason in sites.skipped.items():
+        found.setdefault(reason, []).append(call)
+    return [*found.items()]
+
+
 def _masks(
     fake: FakeQuantization, traced: Trace, model: nn.Module, inputs: tuple[Any, ...]
 ) -> set[str]:

@@ -55,6 +55,16 @@ def finish(model: nn.Module, example_inputs: tuple[Any, ...]) -> Deployable:
         with torch.no_grad(), silenced():
             program = torch.export.export(module.eval(), example_inputs, strict=False)
     except Exception as error:
+        scripted = [
+            name or type(part).__name__
+            for name, part in own.named_modules()
+            if isinstance(part, torch.jit.ScriptModule)
+        ]
+        if scripted:
+            raise ExportError(
+                f"{scripted[0]} of {type(own).__name__} is TorchScript, which torch.export cannot "
+                "write down: put in the module that it was made from"
+            ) from error
         raise ExportError(
             f"torch.export cannot write {type(own).__name__} down: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}. A forward that depends on the "

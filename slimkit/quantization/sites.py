@@ -150,7 +150,10 @@ def _obstacle(call: Call, keep_float: Sequence[str]) -> str:
             return f"kept in float by {pattern!r}"
     if call.op in WEIGHTED:
         if call.weight_path is None:
-            return "its weight is computed, not a parameter"
+            return (
+                "its weight is computed, not a parameter (of weight_norm, spectral_norm and "
+                "parametrizations, rewrite: [plain-weights] makes it one)"
+            )
         if len(call.inputs) != 1:
             return "its input is a parameter"
     elif call.op in PAIRWISE and len(set(call.inputs)) < 2:

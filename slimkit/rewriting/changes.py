@@ -7,14 +7,19 @@ their shapes and order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
+from torch.nn.utils.weight_norm import WeightNorm
 
 from slimkit.errors import ArtifactError
+from slimkit.evaluating import evaluating
 from slimkit.pruning.removal import fit_attributes_, forget_gradient_shape_, tensors_by_name
 from slimkit.rewriting.frames import OwnCalls
 from slimkit.rewriting.replacements import REPLACEMENTS
@@ -188,9 +193,79 @@ class Padding:
                 setattr(_module(model, path), name, number)
 
 
-Change = Swap | Removal | Calls | Focus | Padding
+@dataclass(frozen=True)
+class Plain:
+    """A tensor that was computed of others for each forward becomes a parameter.
+
+    Args:
+        path: of the module; empty for the model itself.
+        name: of the tensor.
+    """
+
+    path: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{f'{self.path}.{self.name}'.lstrip('.')} became a plain parameter"
+
+    def apply_(self, model: nn.Module) -> None:
+        """Compute it once, as evaluation does, and forget how."""
+        module = _module(model, self.path)
+        remove = computed_tensors(module).get(self.name)
+        if remove is None:
+            raise ArtifactError(
+                f"{self.path}.{self.name} is computed of nothing; was the model built differently?"
+            )
+        with evaluating(module):  # spectral_norm takes steps in training
+            remove()
+
+
+def computed_tensors(module: nn.Module) -> dict[str, Callable[[], None]]:
+    """Tensors of a module that PyTorch computes anew, and what makes each of them plain."""
+    found: dict[str, Callable[[], None]] = {}
+    if parametrize.is_parametrized(module):
+        for name in module.parametrizations:  # type: ignore[union-attr]
+            found[name] = partial(_leave_parametrization_, module, name)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm):
+            found[hook.name] = partial(_leave_hook_, module, hook)
+    return found
+
+
+@torch.no_grad()
+def _leave_parametrization_(module: nn.Module, name: str) -> None:
+    """PyTorch's own way takes the property from the class, which copies of the module share."""
+    parts = module.parametrizations
+    assert isinstance(parts, nn.ModuleDict)
+    value = getattr(module, name).clone()
+    learns = any(p.requires_grad for p in parts[name].parameters())
+    del parts[name]
+    made, (plain, *_) = type(module), type(module).__bases__
+    if len(parts):
+        left = {key: item for key, item in vars(made).items() if key != name}
+        module.__class__ = type(made.__name__, (plain,), left)
+    else:
+        del module.parametrizations
+        module.__class__ = plain
+    module.register_parameter(name, nn.Parameter(value, learns))
+
+
+@torch.no_grad()
+def _leave_hook_(module: nn.Module, hook: WeightNorm | SpectralNorm) -> None:
+    if isinstance(hook, WeightNorm):
+        remove_weight_norm(module, hook.name)
+        return
+    remove_spectral_norm(module, hook.name)
+    kept = module._load_state_dict_pre_hooks  # which PyTorch wraps, and then does not know again
+    for key, found in list(kept.items()):
+        about = getattr(found, "hook", found)
+        if isinstance(about, SpectralNormLoadStateDictPreHook) and about.fn.name == hook.name:
+            del kept[key]
+
+
+Change = Swap | Removal | Calls | Focus | Padding | Plain
 _KINDS: Mapping[str, type[Any]] = {
-    kind.__name__.lower(): kind for kind in (Swap, Removal, Calls, Focus, Padding)
+    kind.__name__.lower(): kind for kind in (Swap, Removal, Calls, Focus, Padding, Plain)
 }
 
 

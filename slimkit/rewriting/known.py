@@ -46,6 +46,12 @@ REWRITES = {
             "Dropout, drop-path and identities go; training is without them, too",
         ),
         Known(
+            "plain-weights",
+            True,
+            "slimkit.rewriting.plain:plain_weights",
+            "Weights of weight_norm, spectral_norm and parametrizations become plain parameters",
+        ),
+        Known(
             "pad-channels",
             True,
             "slimkit.rewriting.padding:pad_channels",

@@ -256,6 +256,10 @@ class ChannelPruning(PruningCallback):
         members = (m.tensor for group in self.masks.coupling.groups for m in group.members)
         return [*dict.fromkeys(members)]
 
+    def _scored_together(self) -> list[list[str]]:
+        assert isinstance(self.masks, Masks)
+        return [[m.tensor for m in group.members] for group in self.masks.coupling.groups]
+
     def _update(self, due: int) -> None:
         assert isinstance(self.masks, Masks)
         assert self.selector is not None

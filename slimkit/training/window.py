@@ -78,6 +78,10 @@ class PruningCallback(pl.Callback, ABC):
     def _scored(self) -> list[str]:
         """Paths of the tensors that the criterion scores."""
 
+    def _scored_together(self) -> list[list[str]]:
+        """The same, with those together of which one is enough."""
+        return [[name] for name in self._scored()]
+
     @abstractmethod
     def _update(self, due: int) -> None:
         """Take the schedule's step number `due`, forget the scores, and tell what was done."""
@@ -227,9 +231,10 @@ class PruningCallback(pl.Callback, ABC):
         if not self.needs_gradient:
             return
         named = dict(self.module.network.named_parameters(remove_duplicate=False))
-        for name in self._scored():
-            if name in named and named[name].dim() > 1 and name not in self._reached:
-                raise without_gradient(name, self.criterion)
+        for together in self._scored_together():
+            own = [name for name in together if name in named and named[name].dim() > 1]
+            if own and self._reached.isdisjoint(own):
+                raise without_gradient(own[0], self.criterion)
 
     def _collect_scores(self) -> None:
         """Add the scores of the present weights and gradients to those since the last update.

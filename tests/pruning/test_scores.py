@@ -173,7 +173,9 @@ def test_score_that_is_not_finite_is_an_error_that_names_the_group(value):
 
 
 def test_criterion_that_needs_gradients_says_how_to_give_them():
-    with pytest.raises(PruningError, match=r"Taylor needs gradients, but the loss gave \S+ none"):
+    with pytest.raises(
+        PruningError, match=r"Taylor needs gradients, but the loss gave any layer of '0' none"
+    ):
         group_scores(*two_layers(), Taylor())
 
 

@@ -301,3 +301,11 @@ def test_a_forward_that_changes_a_buffer_is_refused(view: bool) -> None:
 
     with pytest.raises(ExportError, match="forward of Counting changes seen, which no file keeps"):
         finish(Counting().eval(), (X,))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_torchscript_is_named_where_it_stands_in_the_way() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), scripted).eval()
+    with pytest.raises(ExportError, match="1 of Sequential is TorchScript"):
+        finish(model, (torch.randn(1, 3, 4, 4),))
