@@ -94,3 +94,14 @@ def test_bce_logits_with_focus_weighs_by_the_distance_of_the_probabilities():
 def test_other_classes_are_said(loss):
     with pytest.raises(ValueError, match="the student has 3 classes and the teacher 5"):
         loss(STUDENT, torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("kind", [KL, DIST])
+def test_tokens_have_their_classes_last(kind):
+    student, teacher = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    expected = kind()(student.reshape(10, 3), teacher.reshape(10, 3))
+    torch.testing.assert_close(kind(dim=-1)(student, teacher), expected)
+    torch.testing.assert_close(kind()(student.mT, teacher.mT), expected)
+    for dim in (0, 3, -3):
+        with pytest.raises(ValueError, match="is no dimension of classes"):
+            kind(dim=dim)(student, teacher)

@@ -21,13 +21,22 @@ class DIST(DistillationLoss):
         intra: factor of the correlation over the batch's samples of a class.
         temperature: over 0; larger shows more of the small probabilities. Both factors are
             multiplied by its square.
+        dim: of the classes: 1, or -1 for tokens (batch, length, classes), as language models give
+            them.
     """
 
-    def __init__(self, *, inter: float = 1.0, intra: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        inter: float = 1.0,
+        intra: float = 1.0,
+        temperature: float = 1.0,
+        dim: int = 1,
+    ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be over 0, not {temperature}")
-        self.inter, self.intra, self.temperature = inter, intra, temperature
+        self.inter, self.intra, self.temperature, self.dim = inter, intra, temperature, dim
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """From 0 to 2 (inter + intra) temperature squared; logits (batch, classes, ...).
@@ -37,7 +46,7 @@ class DIST(DistillationLoss):
         Raises:
             ValueError: the shapes differ, or there is one class.
         """
-        class_logits(student, teacher)
+        student, teacher = class_logits(student, teacher, self.dim)
         p, q = (
             functional.softmax(x.float().movedim(1, -1).flatten(0, -2) / self.temperature, dim=1)
             for x in (student, teacher)

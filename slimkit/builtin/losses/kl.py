@@ -19,21 +19,23 @@ class KL(DistillationLoss):
 
     Args:
         temperature: over 0; larger shows more of the small probabilities.
+        dim: of the classes: 1, or -1 for tokens (batch, length, classes), as language models give
+            them.
     """
 
-    def __init__(self, *, temperature: float = 4.0) -> None:
+    def __init__(self, *, temperature: float = 4.0, dim: int = 1) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be over 0, not {temperature}")
-        self.temperature = temperature
+        self.temperature, self.dim = temperature, dim
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Divergence in nats times temperature squared; logits of shape (batch, classes, ...).
+        """Divergence in nats times temperature squared; logits (batch, classes, ...), or by `dim`.
 
         Raises:
             ValueError: the shapes differ, or there is one class.
         """
-        class_logits(student, teacher)
+        student, teacher = class_logits(student, teacher, self.dim)
         log_student = functional.log_softmax(student.float() / self.temperature, dim=1)
         log_teacher = functional.log_softmax(teacher.float() / self.temperature, dim=1)
         divergence = functional.kl_div(log_student, log_teacher, reduction="none", log_target=True)

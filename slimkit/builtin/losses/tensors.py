@@ -37,18 +37,28 @@ def same_samples(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def class_logits(student: Tensor, teacher: Tensor) -> None:
-    """Refuse logits of different shapes, (batch, classes, ...), and those of a single class.
+def class_logits(student: Tensor, teacher: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Logits (batch, classes, ...), of which `dim` are the classes, as it is given.
 
     Raises:
         ValueError: the shapes differ, or there are no two classes.
     """
+    least = min(student.dim(), teacher.dim())
+    if least < 2:
+        logits(student, teacher)
+    if not -least <= dim < least or dim % least == 0:
+        raise ValueError(
+            f"dim: {dim} is no dimension of classes in logits {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}"
+        )
+    student, teacher = student.movedim(dim, 1), teacher.movedim(dim, 1)
     logits(student, teacher)
     if student.shape[1] == 1:
         raise ValueError(
             "the softmax of a single logit is always 1 and teaches nothing: take bce-logits, for a "
             "regression feature-mse, or write distill: false"
         )
+    return student, teacher
 
 
 def logits(student: Tensor, teacher: Tensor) -> None:
