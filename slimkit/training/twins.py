@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from slimkit.pruning.cost import parameters
 from slimkit.pruning.coupling import Group
 from slimkit.pruning.removal import (
     Attributes,
@@ -89,9 +90,15 @@ class Twins:
         ]
 
     def unmoved(self) -> list[Twin]:
-        """The others."""
-        moved = self.moved()
-        return [twin for twin, _ in self._first if twin not in moved]
+        """The others beside the network, of most of it: parts of fixed teachers look alike, too."""
+        moved, network = self.moved(), self.module.network
+        inside = {id(part) for part in network.modules()}
+        least = parameters(network) / 2
+        return [
+            twin
+            for twin, _ in self._first
+            if twin not in moved and id(twin.part) not in inside and parameters(twin.part) > least
+        ]
 
     def cut_(self, pairs: Iterable[tuple[Group, Tensor]]) -> tuple[Kept, Attributes]:
         """Cut those that have moved to what stays of the network.
