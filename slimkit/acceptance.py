@@ -106,10 +106,21 @@ def check_samples(model: nn.Module, inputs: tuple[Any, ...]) -> None:
             f"({in_one_line(error)}): dimension 0 of each must count samples"
         ) from error
     for number, (a, b) in enumerate(zip(both, second, strict=False)):
-        floats = a.dim() and a.is_floating_point() and b.numel()
-        if not (floats and len(a) == 2 and a[1:].shape == b.shape):
+        if not (a.is_floating_point() and b.numel()):
             continue
-        apart, largest = (a[1:] - b).abs(), float(a.abs().max())
+        together = a.shape == b.shape  # no dimension of samples: the same of any, or of all
+        if together:
+            apart, largest = (a - b).abs(), float(a.abs().max())
+        elif a.dim() and len(a) == 2 and a[1:].shape == b.shape:
+            apart, largest = (a[1:] - b).abs(), float(a.abs().max())
+        else:
+            continue
+        if float(apart.max()) > 1e-5 + _NEAR * largest and together:
+            raise SlimkitError(
+                f"output {number} of {type(model).__name__} is computed over all samples together: "
+                "files take one sample. Return it in training only (if self.training), or give it "
+                "a dimension 0 that counts samples"
+            )
         if float(apart.max()) > 1e-5 + _NEAR * largest:
             raise SlimkitError(
                 f"{type(model).__name__} computes something else of a sample alone than of two "

@@ -375,6 +375,12 @@ class Prune(_Node):
         default=8, description="Batches for criteria that need gradients or activations."
     )
 
+    @field_validator("granularity", mode="before")
+    @classmethod
+    def _as_written(cls, granularity: object) -> object:
+        """YAML 1.1 reads 2:4 without quotes as minutes and seconds."""
+        return "2:4" if granularity == 124 else granularity
+
     @field_validator("target")
     @classmethod
     def _or_ratios(cls, target: Target | None, info: ValidationInfo) -> Target | None:
@@ -631,7 +637,9 @@ class Trainer(BaseModel):
     max_epochs: Count = Field(
         default=10, description="0 prunes at once and quantizes after training."
     )
-    seed: Count = Field(default=0, description="Of all random numbers; not an argument of Trainer.")
+    seed: Count = Field(
+        default=0, le=2**32 - 1, description="Of all random numbers; not an argument of Trainer."
+    )
     accelerator: str = Field(default="auto", description="cpu, gpu, auto ...")
     devices: Devices = Field(default="auto", description="How many or which.")
 

@@ -172,3 +172,27 @@ def test_a_model_that_is_random_in_evaluation_is_refused_as_such(name: str, tmp_
         CALLS[name](noisy, tmp_path)
     if name != "preflight":  # which runs it first of all
         assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Summed(nn.Module):
+    """Gives a value of all samples together beside its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.register_buffer("anchors", torch.arange(6.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.layer(x)
+        return (y, self.anchors) if X is x else (y, self.anchors, y.square().mean())
+
+
+def test_an_output_over_all_samples_is_refused_and_a_constant_one_is_not(tmp_path: Path) -> None:
+    with pytest.raises(SlimkitError, match="output 2 of Summed is computed over all samples"):
+        slimkit.export(Summed(), X.clone(), "torch", directory=tmp_path / "a")
+
+    class Constant(Summed):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return super().forward(x)[:2]
+
+    assert slimkit.export(Constant(), X, "torch", directory=tmp_path / "b").agreement == 1

@@ -482,3 +482,13 @@ def test_the_json_schema_describes_every_key_and_allows_bare_names():
     assert {"type": "string"} in criterion["anyOf"]
     assert schema["$defs"]["Gates"]["properties"]["agreement"]["anyOf"][0]["maximum"] == 1
     assert schema["additionalProperties"] is False
+
+
+def test_two_of_four_needs_no_quotes(tmp_path):
+    (tmp_path / "r.yaml").write_text("prune: {granularity: 2:4, criterion: l1}\n")
+    assert Recipe.read(tmp_path / "r.yaml").prune.granularity == "2:4"
+
+
+def test_a_seed_that_no_generator_takes_is_said():
+    with pytest.raises(RecipeError, match="trainer.seed: should be less than or equal to"):
+        Recipe.parse({"trainer": {"seed": 2**32}})

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from slimkit.cli.output import emit, json_option
+
 
 @click.command()
 @click.argument("recipe")
@@ -13,7 +15,7 @@ import click
     "--targets", is_flag=True,
     help="Build the model, too, and ask each backend what it cannot run, runs in float or slowly.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON.")
+@json_option("Print the problems as JSON.")
 def check(recipe: str, targets: bool, as_json: bool) -> None:
     """Report every problem of a RECIPE (a file, or "demo") at once.
 
@@ -39,7 +41,7 @@ def check(recipe: str, targets: bool, as_json: bool) -> None:
         return
     if as_json:
         listed = [{"path": problem.path, "message": problem.message} for problem in found]
-        click.echo(json.dumps({"recipe": recipe, "problems": listed}, indent=2))
+        emit(json.dumps({"recipe": recipe, "problems": listed}, indent=2))
         raise SystemExit(2 if found else 0)
     if found:
         count = "one problem" if len(found) == 1 else f"{len(found)} problems"
@@ -61,7 +63,7 @@ def _check_targets(recipe: str, path: Path, as_json: bool) -> None:
     bad = any(result.problems for result in results)
     if as_json:
         listed = [asdict(result) for result in results]
-        click.echo(json.dumps({"recipe": recipe, "problems": [], "targets": listed}, indent=2))
+        emit(json.dumps({"recipe": recipe, "problems": [], "targets": listed}, indent=2))
         raise SystemExit(2 if bad else 0)
     for result in results:
         click.echo(str(result))

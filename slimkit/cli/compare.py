@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slimkit.cli.output import emit, json_option
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     "--least", type=click.FloatRange(0, 1), metavar="SHARE",
     help="Exit with 3 if less than this share agrees.  [default: the recipe's gate, or 0.99]",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@json_option("Print the comparison as JSON.")
 def compare(
     artifact: Path,
     data: str | None,
@@ -103,7 +105,7 @@ def compare(
         if not found.share >= least and (wide := file.too_wide) is not None:
             click.echo(f"slimkit: {file.runtime}: {wide}", err=True)
     if as_json:
-        click.echo(json.dumps([_plain(*result) for result in results], indent=1))
+        emit(json.dumps([_plain(*result) for result in results], indent=1))
     else:
         _show(results)
     low = [f"{found.share:.4g} on {name}" for name, found, _ in results if not found.share >= least]

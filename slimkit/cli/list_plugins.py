@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slimkit.cli.output import emit, json_option
 from slimkit.registry import kinds
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("name", required=False)
 @click.option("--kind", type=click.Choice(kinds), help="Only plugins of this kind.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option("Print JSON.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if any installed plugin is broken.")
 def list_plugins(name: str | None, kind: str | None, as_json: bool, strict: bool) -> None:
     """List plugins, or show the one called NAME.
@@ -39,7 +40,7 @@ def list_plugins(name: str | None, kind: str | None, as_json: bool, strict: bool
         slow = [vars(s) for s in registry.slow]
         left_out = list(registry.left_out)
         listed = {"plugins": shown, "broken": broken, "left_out": left_out, "slow": slow}
-        click.echo(json.dumps(listed, indent=2))
+        emit(json.dumps(listed, indent=2))
     elif name:
         for description in shown:
             _show(description)

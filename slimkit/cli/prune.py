@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from slimkit.cli.output import emit, json_option
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -123,7 +125,7 @@ if TYPE_CHECKING:
     "--gammas", "show_gammas", is_flag=True, help="First show how large batch-norm's gammas are."
 )
 @click.option("--plan", is_flag=True, help="Only show what would be cut; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option("Print the result as JSON.")
 def prune(
     model: str,
     inputs: tuple[str, ...],
@@ -223,7 +225,7 @@ def prune(
     if as_json:
         where = {} if plan else {"directory": str(folder)}
         shown = {"gammas": [vars(layer) for layer in layers]} if show_gammas else {}
-        click.echo(json.dumps({**shown, **report.as_dict(), **where}, indent=1))
+        emit(json.dumps({**shown, **report.as_dict(), **where}, indent=1))
         return
     if layers:
         Console().print(gamma_table(layers))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import click
+from slimkit.cli.output import emit
 
 if TYPE_CHECKING:
     from slimkit.training.deployment import Release
@@ -28,7 +28,7 @@ def show(release: Release, seconds: Mapping[str, float], *, as_json: bool) -> No
             "rewriting": summarized(release.rewriting),
             "seconds": dict(seconds),
         }
-        click.echo(json.dumps(content, indent=1))
+        emit(json.dumps(content, indent=1))
         return
     import sys
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from slimkit.cli.output import json_option
+
 
 @click.command()
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
@@ -23,7 +25,7 @@ import click
     "[default: yes]",
 )  # fmt: skip
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars, no lines between.")
-@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+@json_option("Print the measurements as JSON.")
 def run(
     recipe: Path,
     output: Path | None,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slimkit.cli.output import emit, json_option
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -49,7 +51,7 @@ Result = tuple[Any, "Table", str]
 )
 @click.option("--show", type=click.IntRange(min=1), default=15, show_default=True, help="Rows.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars, no lines between.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+@json_option("Print the whole result as JSON.")
 def sensitivity(
     recipe: Path,
     quantize: bool,
@@ -114,7 +116,7 @@ def sensitivity(
 
         from slimkit.plain import plain
 
-        click.echo(json.dumps(plain(data), indent=1))
+        emit(json.dumps(plain(data), indent=1))
         return
     from rich.console import Console
 

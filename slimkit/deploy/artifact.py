@@ -17,7 +17,7 @@ from slimkit.batches import joined, samples_in, samples_of
 from slimkit.copies import copied, uncompiled_
 from slimkit.deploy.folder import FORMAT, read_manifest, understood, write_manifest
 from slimkit.deploy.provenance import compare_versions, record, used_by
-from slimkit.errors import ArtifactError, SlimkitError
+from slimkit.errors import ArtifactError, SlimkitError, in_one_line
 from slimkit.interfaces import Grid, Scheme
 from slimkit.parts import built, complete_, part_of
 from slimkit.pruning.removal import remove_
@@ -69,10 +69,18 @@ def write(directory: Path, contents: Contents) -> None:
             "activations": quantized.choices[1],
         }
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(plain, directory / WEIGHTS)
+    try:
+        save_file(plain, directory / WEIGHTS)
+    except SafetensorError as error:  # which is how a full disk is told
+        raise ArtifactError(f"{directory / WEIGHTS} cannot be written: {error}") from error
     (directory / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
     if contents.program is not None:
-        torch.export.save(contents.program, directory / PROGRAM)
+        try:
+            torch.export.save(contents.program, directory / PROGRAM)
+        except (RuntimeError, OSError) as error:  # of PyTorch's zip writer
+            raise ArtifactError(
+                f"{directory / PROGRAM} cannot be written: {in_one_line(error)}"
+            ) from error
     report: PruningReport | None = getattr(contents.network, "slimkit_pruning", None)
     rewriting: RewritingReport | None = getattr(contents.network, "slimkit_rewriting", None)
     write_manifest(
@@ -264,7 +272,10 @@ def _report_in(saved: Mapping[str, Any]) -> PruningReport:
         saved["frozen"],
         **before_after,
         kept=kept,
-        attributes=saved.get("attributes", {}),
+        attributes={
+            path: {name: int(number) for name, number in numbers.items()}
+            for path, numbers in saved.get("attributes", {}).items()
+        },
         weights={n: (a, b) for n, (a, b) in saved.get("weights", {}).items()},
         criteria=tuple(saved.get("criteria", ())),
     )

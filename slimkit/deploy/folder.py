@@ -26,6 +26,7 @@ def replacing(directory: Path) -> Iterator[Path]:
         ArtifactError: `directory` holds something that slimkit did not write.
     """
     check_target(directory)
+    directory = behind(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -56,8 +57,19 @@ def move(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def behind(directory: Path) -> Path:
+    """Where a link leads, so that the folder there is replaced and the link stays."""
+    return directory.resolve() if directory.is_symlink() else directory
+
+
 def check_target(directory: Path) -> None:
-    """Refuse to replace what slimkit did not write."""
+    """Refuse to replace what slimkit did not write, and the folder that the process is in."""
+    whole = directory.resolve()
+    if not whole.name or whole == Path.cwd():
+        raise ArtifactError(
+            f"{str(directory) or 'an empty name'} is no folder that slimkit could put in place of "
+            "another: name one, such as runs/small"
+        )
     if directory.is_dir():
         if any(directory.iterdir()) and not (directory / MANIFEST).is_file():
             raise ArtifactError(

@@ -127,7 +127,8 @@ def release(
         ExportError: a backend cannot compile a stage, or an int8 file computes nothing in int8.
     """
     compared = agreement_inputs if agreement_inputs is not None else example_inputs
-    scratch = temporary()
+    exports.parent.mkdir(parents=True, exist_ok=True)
+    scratch = temporary(exports.parent)  # which a later run sweeps if this one is killed
     last = list(stages)[-1]
     try:
         plan = [

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from slimkit.batches import Inputs, inputs_of, sample_of, samples_in
-from slimkit.errors import PruningError
+from slimkit.errors import PluginError, PruningError
 from slimkit.evaluating import evaluating
 from slimkit.interfaces import Criterion, Layer
 from slimkit.progress import track
@@ -157,7 +157,22 @@ def score_of(
     if any(getattr(layer, field) is None for field in criterion.needs):
         return None
     with blame_for("criterion", criterion, f"scoring {name}"):
-        return turned.back(criterion.score(layer), shown)
+        found: object = criterion.score(layer)
+        if not _broadcasts(found, shown):
+            what = f"a score {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+            raise PluginError(
+                f"criterion {type(criterion).__name__} gave {what} for {name}, whose weight it "
+                f"sees as {tuple(shown.shape)}: each dimension must be 1 or the weight's"
+            )
+        return turned.back(found, shown)
+
+
+def _broadcasts(score: object, weight: Tensor) -> TypeGuard[Tensor]:
+    """Whether a score tells apart the positions of a weight, or some of its dimensions."""
+    if not isinstance(score, Tensor) or score.dim() > weight.dim():
+        return False
+    sizes = weight.shape[weight.dim() - score.dim() :]
+    return all(own in (1, size) for own, size in zip(score.shape, sizes, strict=True))
 
 
 @dataclass(frozen=True)

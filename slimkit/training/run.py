@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from slimkit.batchnorm import reestimate_
+from slimkit.deploy.folder import behind, check_target
 from slimkit.errors import GateError, SlimkitError
 from slimkit.importing import build
 from slimkit.interfaces import Criterion
@@ -96,6 +97,8 @@ def run(
         GateError: a gate was missed; the artifact is in ``<output>.rejected``.
     """
     model_import, data_import = _needed(recipe)
+    check_target(output)
+    output = behind(output)
     work = output.with_name(f"{output.name}.work")
     join(recipe.trainer)
     if not is_first():

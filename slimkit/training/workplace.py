@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,14 +38,18 @@ def alone(work: Path) -> Iterator[None]:
     Raises:
         SlimkitError: another run is at work in it.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work / _LOCK)
-    try:
-        lock.acquire(timeout=_PATIENCE_S)
-    except Timeout as error:
-        raise SlimkitError(
-            f"another run is at work in {work}: wait for its end, or choose another --output"
-        ) from error
+    lock, until = FileLock(work / _LOCK), time.monotonic() + _PATIENCE_S
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=max(0.0, until - time.monotonic()))
+            break
+        except FileNotFoundError:  # the other run has just ended, and taken the folder away
+            continue
+        except Timeout as error:
+            raise SlimkitError(
+                f"another run is at work in {work}: wait for its end, or choose another --output"
+            ) from error
     try:
         yield
     finally:

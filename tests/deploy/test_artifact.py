@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import Net
 from nets import conv_norm, normal, residual_net
+from safetensors import SafetensorError
 from torch import nn
 
 import slimkit
@@ -397,3 +398,25 @@ def test_an_artifact_of_an_instance_is_opened_by_the_name_of_its_plugin(tmp_path
     assert opened.runtime == "torch"
     with pytest.raises(SlimkitError, match="the data does not fit the model"):
         opened.agreement([torch.ones(2, 5)])
+
+
+def test_a_full_disk_under_the_weights_is_an_artifact_s_error(tmp_path, monkeypatch) -> None:
+    def full(*_args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("slimkit.deploy.artifact.save_file", full)
+    with pytest.raises(ArtifactError, match=r"weights.safetensors cannot be written: .*No space"):
+        slimkit.save(nn.Linear(2, 2), tmp_path / "small")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("attributes", [{"a": 1}, {"a": {"b": "c"}}, 3])
+def test_numbers_of_another_kind_in_a_manifest_are_told(tmp_path, attributes) -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    small = slimkit.prune(net, torch.randn(1, 8), target={"flops": 0.5})
+    path = slimkit.save(small, tmp_path / "small") / "slimkit.json"
+    content = json.loads(path.read_text())
+    content["pruning"]["attributes"] = attributes
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match="it was edited"):
+        slimkit.load(path.parent, model=lambda: net)

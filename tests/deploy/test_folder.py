@@ -137,3 +137,27 @@ def test_another_format_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_manifest_is_no_artifact(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is no slimkit artifact"):
         read_manifest(tmp_path)
+
+
+def test_the_folder_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "runs" / "latest"
+    disk.mkdir()
+    link.parent.mkdir()
+    link.symlink_to(disk)
+    for text in ("one", "two"):
+        with replacing(link) as work:
+            (work / "weights").write_text(text)
+            write_manifest(work, {"format": 1})
+        assert link.is_symlink()
+        assert (disk / "weights").read_text() == text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "runs"]
+    assert [p.name for p in link.parent.iterdir()] == ["latest"]
+
+
+@pytest.mark.parametrize("name", [".", "", "/", "../here"])
+def test_the_current_folder_and_the_root_are_refused(tmp_path: Path, monkeypatch, name) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ArtifactError, match="name one, such as runs/small"), replacing(Path(name)):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["here"]

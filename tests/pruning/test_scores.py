@@ -10,9 +10,10 @@ from slimkit.builtin.criteria.fpgm import FPGM
 from slimkit.builtin.criteria.hessian import Hessian
 from slimkit.builtin.criteria.magnitude import L1
 from slimkit.builtin.criteria.taylor import Taylor
-from slimkit.errors import PruningError
+from slimkit.errors import PluginError, PruningError
 from slimkit.interfaces import Criterion
 from slimkit.pruning.engines import find_groups
+from slimkit.pruning.prune import prune
 from slimkit.pruning.scores import SAMPLES, fisher_of, group_scores, scores_over_batches
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -261,3 +262,14 @@ def test_fisher_information_takes_no_more_samples_than_it_says():
 
     scores_over_batches(model, coupling, Hessian(), [torch.ones(SAMPLES + 3, 3)], counting, 1)
     assert seen == [1] * SAMPLES
+
+
+@pytest.mark.parametrize("given", [torch.ones(3, 7), torch.ones(1, 1, 1, 1, 9), 3, None])
+def test_a_score_that_fits_no_weight_is_the_criterion_s(given):
+    class Odd(Criterion):
+        def score(self, layer):
+            return given
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3))
+    with pytest.raises(PluginError, match="Odd gave .* for 0.weight, whose weight it sees as"):
+        prune(net, torch.randn(1, 3, 8, 8), Odd(), target={"flops": 0.5})

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from little_project import MODULE
 
 from slimkit.recipe import Recipe
@@ -60,6 +61,11 @@ class NoEvaluation(LightningDataModule):
 class Empty(Data):
     def train_dataloader(self):
         return []
+
+
+class Loud(Data):
+    def prepare_data(self):
+        print("Files already downloaded and verified")
 
 
 class Breaking(Data):
@@ -511,11 +517,26 @@ def test_a_foreign_output_folder_is_refused_before_training(project: Project) ->
     assert project.tree() == {"thesis.tex": b"important"}
 
 
+def test_two_runs_may_end_and_begin_at_once(tmp_path: Path, monkeypatch) -> None:
+    acquire, gone = FileLock.acquire, []
+
+    def ended(lock: FileLock, **options: float) -> object:
+        if not gone:  # by the end of the run that held it
+            gone.append(Path(lock.lock_file).parent)
+            gone[0].rmdir()
+        return acquire(lock, **options)
+
+    monkeypatch.setattr(FileLock, "acquire", ended)
+    with alone(tmp_path / "o.work"):
+        assert (tmp_path / "o.work").is_dir()
+    assert gone
+
+
 def test_quiet_says_nothing_but_the_result(project: Project) -> None:
-    project.write(trainer={"max_epochs": 1, "accelerator": "cpu"})
+    project.write(trainer={"max_epochs": 1, "accelerator": "cpu"}, data="mine:Loud")
     done = project.here("--quiet", "--json")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert set(done.stderr.splitlines()) == {"Files already downloaded and verified"}
     json.loads(done.stdout)
 
 
