@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from lit import Batches, Lit, fit, network
+from lit import Batches, Lit, Manual, fit, network
 from nets import normal
 from pytorch_lightning.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
@@ -67,20 +67,9 @@ def test_data_without_an_end_has_a_timeline_of_steps() -> None:
 
 
 def test_steps_by_hand_do_not_tell_how_long_a_training_is() -> None:
-    class ByHand(Lit):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            optimizer = self.optimizers()
-            self.manual_backward(self.criterion(self(batch[0]), batch[1]))
-            optimizer.step()
-            optimizer.zero_grad()
-
     with pytest.raises(SlimkitError, match="set max_epochs, and limit_train_batches"):
-        fit(slim(ByHand(), prune=PRUNE), max_epochs=-1, max_steps=8)
-    fit(module := slim(ByHand(), prune=PRUNE), max_epochs=2)
+        fit(slim(Manual(), prune=PRUNE), max_epochs=-1, max_steps=8)
+    fit(module := slim(Manual(), prune=PRUNE), max_epochs=2)
     assert module.state.cut
 
 
