@@ -3,9 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from slimkit.deploy.release import Row
 from slimkit.recipe import Gates
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One gate at one runtime.
+
+    Args:
+        gate: its name in the recipe.
+        runtime: whose deployed file is judged.
+        value: what was measured; None where nothing could be.
+        limit: of the recipe.
+        holds: whether the file passes.
+    """
+
+    gate: str
+    runtime: str
+    value: float | None
+    limit: float
+    holds: bool
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.gate}: no metric was measured on {self.runtime}"
+        side = "at least" if self.gate == "agreement" else "at most"
+        asked = f"{side} {self.limit:g} was asked for"
+        return f"{self.gate}: {self.value:.4g} on {self.runtime}, {asked}"
 
 
 def missed(gates: Gates, rows: Iterable[Row], *, larger_is_better: bool = True) -> list[str]:
@@ -16,32 +43,40 @@ def missed(gates: Gates, rows: Iterable[Row], *, larger_is_better: bool = True) 
         rows: what was measured; the last stage of each runtime is judged against its dense stage.
         larger_is_better: of the metric.
     """
+    found = judged(gates, rows, larger_is_better=larger_is_better)
+    return [str(one) for one in found if not one.holds]
+
+
+def judged(gates: Gates, rows: Iterable[Row], *, larger_is_better: bool = True) -> list[Judged]:
+    """Every gate that is set, at each runtime; the arguments are those of `missed`."""
     by_runtime: dict[str, list[Row]] = {}
     for row in rows:
         if row.variant:  # measured for the report, not deployed
             continue
         by_runtime.setdefault(row.runtime, []).append(row)
-    misses = []
+    found = []
     for runtime, stages in by_runtime.items():
         dense, final = stages[0], stages[-1]
-
-        def over(name: str, value: float, limit: float | None, runtime: str = runtime) -> None:
-            if limit is not None and not value <= limit + 1e-12:  # NaN misses every gate
-                misses.append(f"{name}: {value:.4g} on {runtime}, at most {limit:g} was asked for")
-
+        drop = None
         if dense.metric is not None and final.metric is not None:
-            drop = dense.metric - final.metric
-            over("accuracy_drop", drop if larger_is_better else -drop, gates.accuracy_drop)
-        elif gates.accuracy_drop is not None:
-            misses.append(f"accuracy_drop: no metric was measured on {runtime}")
-        over("macs_ratio", final.macs / dense.macs, gates.macs_ratio)
-        over("params_ratio", final.parameters / dense.parameters, gates.params_ratio)
-        over("size_ratio", final.size_bytes / dense.size_bytes, gates.size_ratio)
-        latency = final.latency.median_ms / dense.latency.median_ms
-        over("latency_ratio", latency, gates.latency_ratio)
-        share = final.agreement.share
-        if gates.agreement is not None and not share >= gates.agreement:
-            misses.append(
-                f"agreement: {share:.4g} on {runtime}, at least {gates.agreement:g} was asked for"
-            )
-    return misses
+            drop = (dense.metric - final.metric) * (1 if larger_is_better else -1)
+        values = {
+            "accuracy_drop": drop,
+            "macs_ratio": final.macs / dense.macs,
+            "params_ratio": final.parameters / dense.parameters,
+            "size_ratio": final.size_bytes / dense.size_bytes,
+            "latency_ratio": final.latency.median_ms / dense.latency.median_ms,
+            "agreement": final.agreement.share,
+        }
+        for gate, value in values.items():
+            limit: float | None = getattr(gates, gate)
+            if limit is None:
+                continue
+            if value is None:
+                holds = False
+            elif gate == "agreement":
+                holds = value >= limit
+            else:
+                holds = value <= limit + 1e-12  # NaN misses every gate
+            found.append(Judged(gate, runtime, value, limit, holds))
+    return found

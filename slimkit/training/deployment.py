@@ -19,7 +19,7 @@ from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.deployed import compile_
 from slimkit.deploy.folder import check_target, move, replacing
-from slimkit.deploy.gates import missed
+from slimkit.deploy.gates import Judged, judged
 from slimkit.deploy.provenance import record, used_by
 from slimkit.deploy.release import Row, release
 from slimkit.deploy.verdict import verdicts
@@ -127,12 +127,13 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
             verdicts(rows),
             module.rewriting,
         )
-        misses = missed(
+        gates = judged(
             recipe.gates,
             rows,
             larger_is_better=evaluator.metric is None or evaluator.metric.mode == "max",
         )
-        _write(work, module, network, quantized, result, misses)
+        _write(work, module, network, quantized, result, gates)
+    misses = [str(gate) for gate in gates if not gate.holds]
     if misses:
         move(aside(directory), rejected(directory))
         raise MissedGates(misses, replace(result, directory=rejected(directory)))
@@ -391,7 +392,7 @@ def _write(
     network: nn.Module,
     quantized: dict[str, QuantizedModel],
     result: Release,
-    misses: list[str],
+    gates: list[Judged],
 ) -> None:
     recipe = module.recipe
     (work / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -409,7 +410,8 @@ def _write(
         "data": result.data,
         "rows": [row.as_dict() for row in result.rows],
         "verdicts": result.verdicts,
-        "missed": misses,
+        "gates": [plain(gate) for gate in gates],
+        "missed": [str(gate) for gate in gates if not gate.holds],
         "rewriting": summarized(result.rewriting),
         "corrections": {name: plain(made.corrections) for name, made in quantized.items()},
         "pruning": None if report is None else {"groups": report.groups, "frozen": report.frozen},

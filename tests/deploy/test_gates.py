@@ -8,7 +8,7 @@ import math
 import pytest
 from rows import AGREES, row
 
-from slimkit.deploy.gates import missed
+from slimkit.deploy.gates import judged, missed
 from slimkit.recipe import Gates
 
 DENSE = row()
@@ -72,3 +72,11 @@ def test_a_metric_that_should_be_small_drops_when_it_grows() -> None:
 def test_a_metric_that_is_missing_or_nan_misses_the_gate(metric) -> None:
     (miss,) = missed(Gates(accuracy_drop=0.1), [DENSE, row("int8", metric=metric)])
     assert miss.startswith("accuracy_drop")
+
+
+def test_every_gate_is_judged_with_what_was_measured() -> None:
+    rows = [DENSE, row("int8", size_bytes=DENSE.size_bytes // 4)]
+    size, latency = judged(Gates(size_ratio=0.3, latency_ratio=0.1), rows)
+    assert (size.gate, size.value, size.limit, size.holds) == ("size_ratio", 0.25, 0.3, True)
+    assert (latency.gate, latency.holds) == ("latency_ratio", False)
+    assert missed(Gates(size_ratio=0.3, latency_ratio=0.1), rows) == [str(latency)]

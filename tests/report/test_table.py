@@ -91,5 +91,9 @@ def test_the_page_is_written_of_old_and_new_rows(tmp_path, row) -> None:
     write_report(tmp_path / "report.html", metrics, "model: x\n", [plugin])
     page = (tmp_path / "report.html").read_text()
     assert ("Where the time goes" in page) == (row is NEW)
+    assert "No gate was missed." in page
+    gate = {"gate": "size_ratio", "runtime": "ncnn", "value": 0.26, "limit": 0.3, "holds": True}
+    write_report(tmp_path / "gated.html", {**metrics, "gates": [gate]}, "model: x\n", [plugin])
+    assert "size_ratio 0.26 on ncnn (limit 0.3)." in (tmp_path / "gated.html").read_text()
     assert "<td>far</td><td>slimkit-faraway</td><td>4.5</td>" in page
     assert ("Conv 1.500 (75 %)" in page) == (row is NEW)
