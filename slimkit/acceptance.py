@@ -56,20 +56,27 @@ def check_repeats(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     Raises:
         SlimkitError: it does.
     """
+    state = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with evaluating(model), torch.random.fork_rng(devices=_cuda_of(inputs)):
             once, again = (tensors_of(model(*fresh(inputs))) for _ in range(2))
     except Exception:  # whatever a model raises
         return
+    finally:
+        for buffer, before in state:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
     for a, b in zip(once, again, strict=False):
         if a.shape != b.shape or not a.is_floating_point() or not a.numel():
             continue
-        if float((a - b).abs().max()) > 1e-5 + _NEAR * float(a.abs().max()):
+        largest = float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
+        if not torch.isclose(a, b, rtol=0, atol=1e-5 + _NEAR * largest, equal_nan=True).all():
             raise SlimkitError(
                 f"{type(model).__name__} gives something else each time it runs in evaluation "
                 "mode, so nothing made of it can be verified: it draws random numbers (F.dropout "
-                "without training=self.training, randn_like, noise). Let it draw only where "
-                "self.training, or take the noise as an input"
+                "without training=self.training, randn_like, noise), or keeps something from one "
+                "run for the next. Let it draw only where self.training, or take the noise or the "
+                "state as an input"
             )
 
 

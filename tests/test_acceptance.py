@@ -196,3 +196,27 @@ def test_an_output_over_all_samples_is_refused_and_a_constant_one_is_not(tmp_pat
             return super().forward(x)[:2]
 
     assert slimkit.export(Constant(), X, "torch", directory=tmp_path / "b").agreement == 1
+
+
+def test_a_model_that_keeps_something_between_runs_is_left_as_it_was() -> None:
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("hidden", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.hidden += x.mean(0)
+            return x + self.hidden
+
+    model = Running()
+    with pytest.raises(SlimkitError, match="or keeps something from one run for the next"):
+        check_samples(model, (X,))
+    assert torch.equal(model.hidden, torch.zeros(8))
+
+
+def test_infinities_that_stay_are_no_noise() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.masked_fill(x > 0, float("-inf"))
+
+    check_samples(Masked(), (X,))

@@ -160,7 +160,9 @@ class _Uses(CallMode):
 
     def _count_steps(self, op: str, args: Any) -> None:
         """A recurrent layer's matrices, which come behind its state; packed data, in four parts."""
-        own = args[2:] if "_cell" in op else next(a for a in args[2:4] if isinstance(a, list))
+        # packed sequences have their states third, which LSTMs give as a tuple
+        lists = [a for a in args[2:4] if isinstance(a, list | tuple)]
+        own = args[2:] if "_cell" in op else next(iter(lists[::-1]), ())
         steps = args[0].numel() / args[0].shape[-1]
         for matrix in own:
             weight = self.names.get(id(matrix))

@@ -281,7 +281,6 @@ class _FakeMode(SiteMode):
         return weight, bias
 
 
-@torch.no_grad()
 def _by_reason(sites: Sites) -> list[tuple[str, list[str]]]:
     """Calls that stay in float, by the reason."""
     found: dict[str, list[str]] = {}
@@ -290,6 +289,7 @@ def _by_reason(sites: Sites) -> list[tuple[str, list[str]]]:
     return [*found.items()]
 
 
+@torch.no_grad()
 def _masks(
     fake: FakeQuantization, traced: Trace, model: nn.Module, inputs: tuple[Any, ...]
 ) -> set[str]:

@@ -241,7 +241,7 @@ class Finished(nn.Module):
                 names.bias_scale = self._scale(f"{at}_bias_scale", path, bias_scale, len(bias))
                 bias = (bias.double() / bias_scale).round().clamp(-_INT32, _INT32).to(torch.int32)
         if names.bias is not None and bias is not None:
-            names.bias = self._kept(names.bias, path, bias)
+            names.bias = self._kept(names.bias, f"{path}:bias", bias)
         self.layers[call.name] = names
 
     def _empty_unused_(self, traced: Trace) -> None:
@@ -289,7 +289,7 @@ class Finished(nn.Module):
         return name
 
     def _scale(self, name: str, path: str, scale: Tensor, channels: int) -> str:
-        kept = self._kept(name, path, scale.reshape(-1).expand(channels).contiguous())
+        kept = self._kept(name, f"{path}:scale", scale.reshape(-1).expand(channels).contiguous())
         if kept == name:
             self.register_buffer(f"{name}_zeros", torch.zeros(channels, dtype=torch.int64))
         return kept

@@ -252,10 +252,13 @@ def _leave_parametrization_(module: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def _leave_hook_(module: nn.Module, hook: WeightNorm | SpectralNorm) -> None:
+    given = getattr(module, f"{hook.name}_{'g' if isinstance(hook, WeightNorm) else 'orig'}")
+    learns = given.requires_grad
     if isinstance(hook, WeightNorm):
         remove_weight_norm(module, hook.name)
-        return
-    remove_spectral_norm(module, hook.name)
+    else:
+        remove_spectral_norm(module, hook.name)
+    getattr(module, hook.name).requires_grad_(learns)
     kept = module._load_state_dict_pre_hooks  # which PyTorch wraps, and then does not know again
     for key, found in list(kept.items()):
         about = getattr(found, "hook", found)

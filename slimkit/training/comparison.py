@@ -120,7 +120,8 @@ class Comparison:
         if loss.places == 1:
             sides = student[0], teacher[0]
         if loss.compares_samples and len(student[0]) == 1 and self.shapes[max(n, 0)] is not None:
-            return 0.0 * torch.stack([t.sum() for t in student]).sum()  # the last of an epoch
+            nothing = [t.reshape(-1)[:0].sum() for t in student]  # whatever is in them
+            return torch.stack(nothing).sum()  # the last batch of an epoch
         with blame(self.plugin, f"comparing student and {who} at {self.where}"):
             try:
                 if n >= 0 and self.shapes[n] is None:
@@ -150,7 +151,6 @@ class Comparison:
 
         Raises:
             PluginError: it is not finite, or has no gradient to the student's tensors.
-            SlimkitError: weights of the student's `network` are trained there, but out of reach.
         """
         if not torch.isfinite(value):
             sick = [
@@ -166,15 +166,13 @@ class Comparison:
         if not learning:
             here = (network.get_submodule(place.module) for place in self.places)
             if any(p.requires_grad for part in here for p in part.parameters()):
-                raise SlimkitError(
-                    f"distill: loss {self.entry.name!r} has no gradient at {self.where}, where "
-                    "weights of the student are trained: it is computed under torch.no_grad(), or "
-                    "in a checkpoint with use_reentrant=True (write use_reentrant=False)"
+                why = (
+                    "it is computed under torch.no_grad(), or in a checkpoint with "
+                    "use_reentrant=True (write use_reentrant=False)"
                 )
-            say(
-                f"{self.name} trains nothing of the student as yet: what it compares depends on no "
-                "weight that is trained"
-            )
+            else:
+                why = "what it compares depends on no weight that is trained"
+            say(f"{self.name} trains nothing of the student as yet: {why}")
             return
         gradients = torch.autograd.grad(value, learning, retain_graph=True, allow_unused=True)
         if all(gradient is None for gradient in gradients):

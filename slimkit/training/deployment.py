@@ -18,7 +18,7 @@ from slimkit.batches import first_sample, joined, to_cpu
 from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.deployed import compile_
-from slimkit.deploy.folder import check_target, move, replacing
+from slimkit.deploy.folder import behind, check_target, move, replacing
 from slimkit.deploy.gates import Judged, judged
 from slimkit.deploy.provenance import record, used_by
 from slimkit.deploy.release import Row, release
@@ -109,6 +109,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
         module.announce(f"no metric: {evaluator.why_not}; files are compared with the simulation")
     compared = _inputs(loaders.compared(), module.entry, network)
     check_samples(network, compared)
+    directory = behind(directory)
     with replacing(aside(directory)) as work:
         rows = release(
             stages,

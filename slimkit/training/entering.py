@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from slimkit.acceptance import check_samples
 from slimkit.batches import LABELS, beside, first_sample, inputs_of
@@ -167,10 +167,19 @@ class Entry:
         return None
 
 
+_FEW = 4  # parts of a batch; more are samples
+
+
 def _kind_of(batch: Any) -> Any:
-    """What batches of one loader have in common."""
-    leaves, structure = tree_flatten(batch)
-    return str(structure), tuple(x.dim() if isinstance(x, Tensor) else type(x) for x in leaves)
+    """What batches of one loader have in common, whose lists may differ in length."""
+    if isinstance(batch, Tensor):
+        return batch.dim()
+    if isinstance(batch, Mapping):
+        return tuple((key, _kind_of(batch[key])) for key in batch)
+    if isinstance(batch, list | tuple):
+        parts = batch if len(batch) <= _FEW else batch[:1]
+        return type(batch), tuple(map(_kind_of, parts))
+    return type(batch)
 
 
 class Entered:

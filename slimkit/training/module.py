@@ -253,7 +253,16 @@ class SlimModule(pl.LightningModule):
         before = list(self.network.parameters())
         hook(*args)
         now = network_of(self.inner, self.recipe.network)
-        if now is not self.network or list(map(id, now.parameters())) != list(map(id, before)):
+        present = {id(p): name for name, p in now.named_parameters()}
+        added = [name for number, name in present.items() if number not in set(map(id, before))]
+        if added and name == "setup":
+            self.announce(
+                f"setup of {type(self.inner).__name__} adds {added[0]}"
+                f"{' and more' if len(added) > 1 else ''}, which the dense network that it is "
+                "compared with lacks: build it in __init__, or name the part that is compressed "
+                "with network"
+            )
+        if now is not self.network or any(id(p) not in present for p in before):
             raise SlimkitError(
                 f"{name} of {type(self.inner).__name__} builds another network than the one that "
                 "SlimModule was given: let it do nothing where there is one, or build the network "

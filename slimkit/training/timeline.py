@@ -22,8 +22,8 @@ def total_batches(trainer: pl.Trainer) -> int:
         if module is not None and not module.automatic_optimization:
             raise SlimkitError(
                 "max_steps counts every step that the module's own optimization takes, which tells "
-                "no number of batches: set max_epochs, and limit_train_batches where the data has "
-                "no length"
+                "no number of batches: leave it out and set max_epochs, and limit_train_batches "
+                "where the data has no length"
             )
         by_steps = trainer.max_steps * trainer.accumulate_grad_batches
         if epochs is None or epochs < 0 or math.isinf(batches):

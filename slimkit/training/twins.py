@@ -113,6 +113,9 @@ class Twins:
         more_kept: Kept = {}
         more_numbers: Attributes = {}
         for twin in self.moved():
+            own = inside.get(id(twin.part))
+            if own is not None and any(name.startswith(f"{own}.") for name in kept):
+                continue  # cut by groups of its own
             cut_twin_(twin.part, twin.of, kept, numbers, pairs)
             if id(twin.part) in inside:
                 name, start = inside[id(twin.part)], len(twin.of)
@@ -124,7 +127,7 @@ class Twins:
 
     def _shadows(self, kept: Kept) -> Iterator[dict[str, Tensor]]:
         """Tensors by the network's names, of what callbacks or the user's module keep by names."""
-        own = {id(t) for t in tensors_by_name(self.module).values()}
+        done = {id(t) for t in tensors_by_name(self.module).values()}
         path = next(n for n, part in self.module.named_modules() if part is self.module.network)
         inner = path.removeprefix("inner").lstrip(".")
         starts = [f"{path}.", f"{inner}." if inner else "", ""]
@@ -137,9 +140,10 @@ class Twins:
                 found = {
                     n: t
                     for n, t in found.items()
-                    if isinstance(t, Tensor) and t.shape == self._shapes[n] and id(t) not in own
+                    if isinstance(t, Tensor) and t.shape == self._shapes[n] and id(t) not in done
                 }
                 if found:
+                    done |= {id(t) for t in found.values()}
                     yield found
                     break
 

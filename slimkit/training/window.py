@@ -59,6 +59,7 @@ class PruningCallback(pl.Callback, ABC):
         self._samples = 1  # of the batch
         self._scores: dict[str, Tensor] = {}
         self._reached: set[str] = set()  # scored tensors that some loss has given a gradient
+        self._is_told = True  # whether these are all
         self._recent: deque[Any] = deque(maxlen=recipe.data_batches)  # what a forward measures
         self._measured: dict[str, Measured] | None = None
         self._settling: dict[_BatchNorm, float | None] = {}
@@ -101,7 +102,8 @@ class PruningCallback(pl.Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the scores collected and the batch-norm batches left."""
         self._scores, self._settle_left = state_dict["scores"], state_dict["settle_left"]
-        self._reached = set(state_dict.get("reached", ()))
+        self._reached = set(state_dict.get("reached", self._scores))
+        self._is_told = "reached" in state_dict  # else another version wrote it
 
     def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         """Place the window; go on settling batch-norm where the run was resumed in its middle."""
@@ -228,7 +230,7 @@ class PruningCallback(pl.Callback, ABC):
         Raises:
             PruningError: there are such weights.
         """
-        if not self.needs_gradient:
+        if not self.needs_gradient or not self._is_told:
             return
         named = dict(self.module.network.named_parameters(remove_duplicate=False))
         for together in self._scored_together():

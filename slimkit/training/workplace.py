@@ -80,6 +80,7 @@ def prepare(recipe: Recipe, output: Path, work: Path, fresh: bool, say: Say) -> 
     else:
         before, _, rounded = (note.read_text() if note.is_file() else "").partition(" ")
         # channels that suit one backend more may suit those that are left as well
+        rounded = rounded or "1"  # as it was before this was noted
         if before != key or not rounded.isdecimal() or int(rounded) % multiple:
             _set_aside(work, say)
     note.write_text(f"{key} {multiple}")

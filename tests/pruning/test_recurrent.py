@@ -145,3 +145,13 @@ def test_a_layer_that_cudnn_computes_whole_counts_as_on_paper():
             x, weights, 4, None, state, state, 2, 8, 0, 1, False, 0.0, False, False, [], None
         )
     assert counter.get_total_flops() == 2 * 5 * 2 * 4 * 8 * (10 + 8)
+
+
+def test_the_function_takes_its_weights_in_a_tuple_too():
+    def flow(net, x):
+        own = (net.layer.weight_ih_l0, net.layer.weight_hh_l0)
+        state = (x.new_zeros(1, 2, 8), x.new_zeros(1, 2, 8))
+        return torch.lstm(x, state, own, False, 1, 0.0, False, False, True)[0]
+
+    model = Net(flow, layer=nn.LSTM(6, 8, bias=False))
+    assert CostModel.of(model, (SEQUENCE,)).fixed_macs == 0

@@ -62,6 +62,19 @@ def test_a_computed_weight_becomes_a_parameter_of_the_same_value(kind: str, tmp_
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_weight_stays_frozen_and_the_given_model_as_it_is(kind: str) -> None:
+    model = net(kind)
+    model[2].requires_grad_(False)
+    names = set(model.state_dict())
+    plain = slimkit.rewrite(model, X, "plain-weights")
+    assert [p.requires_grad for p in plain[2].parameters()] == [False, False]
+    assert plain[0].weight.requires_grad
+    assert set(model.state_dict()) == names
+    model(X)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_way_out_is_named(kind: str) -> None:
     with pytest.raises(PruningError, match=r"rewrite: \[plain-weights\]"):
         slimkit.prune(net(kind), X, target={"flops": 0.5})
