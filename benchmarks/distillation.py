@@ -15,9 +15,11 @@ The dense network of the first table is trained on the 40,000 images in front of
 are tested after the last epoch on the last --held-out training images, which they never saw (the
 second table's pretrained teachers did), and on the 1,000 test images. With --cached the second
 table's images are not augmented, and what the pretrained teachers give is computed once and read
-back in every epoch. (benchmarks/distillation.md was made in two runs on two processors: with
+back in every epoch. (benchmarks/distillation.md was made in three runs, on two processors: with
 --tables pruned --seeds 0 --images 10000 --epochs 4 --dense-epochs 10, and with --tables taught
---cached --seeds 0 --images 5000 --held-out 5000 --taught-epochs 18.) What is finished lies in
+--cached --seeds 0 --images 5000 --held-out 5000 --taught-epochs 18; its third table is the second
+one again, with --tables taught --seeds 0 --images 20000 --held-out 10000 --taught-epochs 10
+--variants "kl;dkd;kl from ResNet-56 and ResNet-20".) What is finished lies in
 --work and is not made again; a killed run goes on from its last epoch.
 """
 
