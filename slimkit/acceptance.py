@@ -116,22 +116,20 @@ def check_samples(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not (a.is_floating_point() and b.numel()):
             continue
         together = a.shape == b.shape  # no dimension of samples: the same of any, or of all
-        if together:
-            apart, largest = (a - b).abs(), float(a.abs().max())
-        elif a.dim() and len(a) == 2 and a[1:].shape == b.shape:
-            apart, largest = (a[1:] - b).abs(), float(a.abs().max())
-        else:
+        if not (together or (a.dim() and len(a) == 2 and a[1:].shape == b.shape)):
             continue
-        if float(apart.max()) > 1e-5 + _NEAR * largest and together:
+        apart = ((a if together else a[1:]) - b).abs()
+        if not float(apart.max()) > 1e-5 + _NEAR * float(a.abs().max()):
+            continue
+        if together:
             raise SlimkitError(
                 f"output {number} of {type(model).__name__} is computed over all samples together: "
                 "files take one sample. Return it in training only (if self.training), or give it "
                 "a dimension 0 that counts samples"
             )
-        if float(apart.max()) > 1e-5 + _NEAR * largest:
-            raise SlimkitError(
-                f"{type(model).__name__} computes something else of a sample alone than of two "
-                f"together (output {number}): files take one sample, and dimension 0 of each input "
-                "counts them. Give a model with time in dimension 1 (batch_first=True), or inputs "
-                "of one sample each"
-            )
+        raise SlimkitError(
+            f"{type(model).__name__} computes something else of a sample alone than of two "
+            f"together (output {number}): files take one sample, and dimension 0 of each input "
+            "counts them. Give a model with time in dimension 1 (batch_first=True), or inputs of "
+            "one sample each"
+        )

@@ -375,12 +375,6 @@ class Prune(_Node):
         default=8, description="Batches for criteria that need gradients or activations."
     )
 
-    @field_validator("granularity", mode="before")
-    @classmethod
-    def _as_written(cls, granularity: object) -> object:
-        """YAML 1.1 reads 2:4 without quotes as minutes and seconds."""
-        return "2:4" if granularity == 124 else granularity
-
     @field_validator("target")
     @classmethod
     def _or_ratios(cls, target: Target | None, info: ValidationInfo) -> Target | None:

@@ -11,11 +11,22 @@ import yaml
 from slimkit.errors import Problem, RecipeError, did_you_mean
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes 2:4 for text, as YAML 1.2 does, and not for minutes and seconds."""
+
+    def construct_whole(self, node: yaml.ScalarNode) -> object:
+        """A whole number, or what only looks like one with a colon in it."""
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file as it stands there; raises `RecipeError` with the line."""
     path = Path(path)
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         twice = list(_duplicates(node, "", set()))
         document = loader.construct_document(node) if node and not twice else None

@@ -487,6 +487,9 @@ def test_the_json_schema_describes_every_key_and_allows_bare_names():
 def test_two_of_four_needs_no_quotes(tmp_path):
     (tmp_path / "r.yaml").write_text("prune: {granularity: 2:4, criterion: l1}\n")
     assert Recipe.read(tmp_path / "r.yaml").prune.granularity == "2:4"
+    (tmp_path / "r.yaml").write_text("prune: {granularity: 124, criterion: l1}\n")
+    with pytest.raises(RecipeError, match="granularity: should be 'channel', .*, not 124"):
+        Recipe.read(tmp_path / "r.yaml")
 
 
 def test_a_seed_that_no_generator_takes_is_said():

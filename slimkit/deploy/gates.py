@@ -35,20 +35,19 @@ class Judged:
         return f"{self.gate}: {self.value:.4g} on {self.runtime}, {asked}"
 
 
-def missed(gates: Gates, rows: Iterable[Row], *, larger_is_better: bool = True) -> list[str]:
-    """One sentence for each gate that a deployed file misses; empty if all hold.
+def missed(found: Iterable[Judged]) -> list[str]:
+    """One sentence for each gate that a deployed file misses; empty if all hold."""
+    return [str(one) for one in found if not one.holds]
+
+
+def judged(gates: Gates, rows: Iterable[Row], *, larger_is_better: bool = True) -> list[Judged]:
+    """Every gate that is set, at each runtime.
 
     Args:
         gates: the limits.
         rows: what was measured; the last stage of each runtime is judged against its dense stage.
         larger_is_better: of the metric.
     """
-    found = judged(gates, rows, larger_is_better=larger_is_better)
-    return [str(one) for one in found if not one.holds]
-
-
-def judged(gates: Gates, rows: Iterable[Row], *, larger_is_better: bool = True) -> list[Judged]:
-    """Every gate that is set, at each runtime; the arguments are those of `missed`."""
     by_runtime: dict[str, list[Row]] = {}
     for row in rows:
         if row.variant:  # measured for the report, not deployed

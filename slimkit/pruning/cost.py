@@ -18,6 +18,7 @@ from slimkit.calls import WEIGHTED, CallMode
 from slimkit.copies import copied
 from slimkit.evaluating import without_fast_paths
 from slimkit.pruning.counting import Removed
+from slimkit.pruning.rules_recurrent import GATES
 
 MIB = 2**20
 
@@ -87,9 +88,6 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     return dict(first.values())
 
 
-RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
-"""Layers that use each matrix of theirs once for each step of each sequence."""
-
 PRODUCTS = ("addmm", "matmul", "mm")
 """Operations whose last two arguments are multiplied as matrices."""
 
@@ -143,7 +141,7 @@ class _Uses(CallMode):
         if op in PRODUCTS and len(args) >= 2:
             self._count_product(out, *args[-2:])
             return
-        if op.removesuffix("_cell") in RECURRENT:
+        if op.removesuffix("_cell") in GATES:
             self._count_steps(op, args)
             return
         given = dict(zip(("input", "weight"), args, strict=False)) | kwargs

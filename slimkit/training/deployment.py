@@ -19,7 +19,7 @@ from slimkit.copies import copied
 from slimkit.deploy.artifact import Contents, write
 from slimkit.deploy.deployed import compile_
 from slimkit.deploy.folder import behind, check_target, move, replacing
-from slimkit.deploy.gates import Judged, judged
+from slimkit.deploy.gates import Judged, judged, missed
 from slimkit.deploy.provenance import record, used_by
 from slimkit.deploy.release import Row, release
 from slimkit.deploy.verdict import verdicts
@@ -134,8 +134,7 @@ def deploy(module: SlimModule, data: Any, directory: Path) -> Release:
             larger_is_better=evaluator.metric is None or evaluator.metric.mode == "max",
         )
         _write(work, module, network, quantized, result, gates)
-    misses = [str(gate) for gate in gates if not gate.holds]
-    if misses:
+    if misses := missed(gates):
         move(aside(directory), rejected(directory))
         raise MissedGates(misses, replace(result, directory=rejected(directory)))
     move(aside(directory), directory)
@@ -412,7 +411,7 @@ def _write(
         "rows": [row.as_dict() for row in result.rows],
         "verdicts": result.verdicts,
         "gates": [plain(gate) for gate in gates],
-        "missed": [str(gate) for gate in gates if not gate.holds],
+        "missed": missed(gates),
         "rewriting": summarized(result.rewriting),
         "corrections": {name: plain(made.corrections) for name, made in quantized.items()},
         "pruning": None if report is None else {"groups": report.groups, "frozen": report.frozen},

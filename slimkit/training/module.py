@@ -250,11 +250,11 @@ class SlimModule(pl.LightningModule):
         Raises:
             SlimkitError: it makes another network than the one that was wrapped.
         """
-        before = list(self.network.parameters())
+        before = {id(p): p for p in self.network.parameters()}  # alive, so that ids stay theirs
         hook(*args)
         now = network_of(self.inner, self.recipe.network)
-        present = {id(p): name for name, p in now.named_parameters()}
-        added = [name for number, name in present.items() if number not in set(map(id, before))]
+        present = {id(p): path for path, p in now.named_parameters()}
+        added = [path for number, path in present.items() if number not in before]
         if added and name == "setup":
             self.announce(
                 f"setup of {type(self.inner).__name__} adds {added[0]}"
@@ -262,7 +262,7 @@ class SlimModule(pl.LightningModule):
                 "compared with lacks: build it in __init__, or name the part that is compressed "
                 "with network"
             )
-        if now is not self.network or any(id(p) not in present for p in before):
+        if now is not self.network or not before.keys() <= present.keys():
             raise SlimkitError(
                 f"{name} of {type(self.inner).__name__} builds another network than the one that "
                 "SlimModule was given: let it do nothing where there is one, or build the network "

@@ -74,10 +74,13 @@ def optimizer_of(
 ) -> torch.optim.Optimizer:
     """The first that trains something of the network; the first of all where none does."""
     own = {id(p) for p in network.parameters()}
-    for optimizer in optimizers:
-        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            return optimizer
-    return optimizers[0]
+    return next((o for o in optimizers if not own.isdisjoint(held_by([o]))), optimizers[0])
+
+
+def held_by(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
+    """Ids of the parameters that optimizers hold."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return {id(p) for group in groups for p in group["params"]}
 
 
 OWNER = "slimkit"
@@ -128,7 +131,7 @@ def add_group_(
     Raises:
         SlimkitError: the optimizer knows no groups.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = held_by([optimizer])
     new = {name: p for name, p in parameters.items() if id(p) not in held}
     if not new:
         return

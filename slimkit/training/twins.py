@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +23,7 @@ from slimkit.pruning.removal import (
     tensors_by_name,
 )
 from slimkit.training.averages import copies_of, held_by_callbacks
+from slimkit.training.optimizers import held_by
 
 if TYPE_CHECKING:
     from slimkit.training.module import SlimModule
@@ -62,12 +63,7 @@ class Twins:
 
     def __init__(self, module: SlimModule, trainer: pl.Trainer) -> None:
         self.module, self.trainer = module, trainer
-        trained = {
-            id(p)
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
+        trained = held_by(trainer.optimizers)
         found = [*twins_of(module.inner, module.network, trained)]
         inside = {
             id(part) for whole in (module, *copies_of(module, trainer)) for part in whole.modules()
@@ -117,10 +113,10 @@ class Twins:
             if own is not None and any(name.startswith(f"{own}.") for name in kept):
                 continue  # cut by groups of its own
             cut_twin_(twin.part, twin.of, kept, numbers, pairs)
-            if id(twin.part) in inside:
-                name, start = inside[id(twin.part)], len(twin.of)
-                more_kept |= {name + k[start:]: v for k, v in _below(kept, twin.of).items()}
-                more_numbers |= {name + k[start:]: v for k, v in _below(numbers, twin.of).items()}
+            if own is not None:
+                start = len(twin.of)
+                more_kept |= {own + k[start:]: v for k, v in _below(kept, twin.of).items()}
+                more_numbers |= {own + k[start:]: v for k, v in _below(numbers, twin.of).items()}
         for shadow in self._shadows(kept):
             _cut_shadow_(shadow, kept, pairs)
         return more_kept, more_numbers
@@ -183,7 +179,7 @@ def cut_twin_(
     remove_(shell, _below(kept, of), _below(numbers, of))
 
 
-def twins_of(inner: nn.Module, network: nn.Module, trained: Iterable[int]) -> list[Twin]:
+def twins_of(inner: nn.Module, network: nn.Module, trained: Collection[int]) -> list[Twin]:
     """The largest parts of `inner` with the names and shapes of a part that learns.
 
     Args:
@@ -191,7 +187,6 @@ def twins_of(inner: nn.Module, network: nn.Module, trained: Iterable[int]) -> li
         network: whose parts are looked for.
         trained: ids of the parameters that optimizers hold.
     """
-    trained = set(trained)
 
     def learns(part: nn.Module) -> bool:
         return any(p.requires_grad and id(p) in trained for p in part.parameters())

@@ -26,6 +26,7 @@ from slimkit.pruning.statistics import MEASURED, Measured, measure
 from slimkit.recipe import Prune
 from slimkit.registry import discover
 from slimkit.training.averages import averages_of
+from slimkit.training.optimizers import held_by
 from slimkit.training.ranks import average_, averaged, check_alike, of_the_first, several, sum_
 from slimkit.training.strategies import check_strategy
 from slimkit.training.timeline import moment, progress
@@ -144,7 +145,7 @@ class PruningCallback(pl.Callback, ABC):
             return
         named = dict(self.module.network.named_parameters(remove_duplicate=False))
         mine = {id(named[name]) for name in self._scored() if name in named}
-        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        if not mine.isdisjoint(held_by([optimizer])):
             self._collect_scores()
             self._collected = True
 

@@ -9,9 +9,14 @@ import pytest
 from rows import AGREES, row
 
 from slimkit.deploy.gates import judged, missed
+from slimkit.deploy.release import Row
 from slimkit.recipe import Gates
 
 DENSE = row()
+
+
+def misses(gates: Gates, rows: list[Row], **options: bool) -> list[str]:
+    return missed(judged(gates, rows, **options))
 
 
 @pytest.mark.parametrize(
@@ -26,7 +31,7 @@ DENSE = row()
     ],
 )
 def test_each_gate_is_missed_alone_and_named(gate: str, limit: float, final) -> None:
-    (miss,) = missed(Gates(**{gate: limit}), [DENSE, row("int8", **final)])
+    (miss,) = misses(Gates(**{gate: limit}), [DENSE, row("int8", **final)])
     assert miss.startswith(f"{gate}: ")
     assert "onnxruntime" in miss
 
@@ -43,34 +48,34 @@ def test_each_gate_is_missed_alone_and_named(gate: str, limit: float, final) -> 
     ],
 )
 def test_a_gate_holds_at_its_limit(gate: str, limit: float, final) -> None:
-    assert missed(Gates(**{gate: limit}), [DENSE, row("int8", **final)]) == []
+    assert misses(Gates(**{gate: limit}), [DENSE, row("int8", **final)]) == []
 
 
 def test_gates_that_are_not_asked_for_hold() -> None:
-    assert missed(Gates(), [DENSE, row("int8", ms=99, metric=0, size_bytes=9**9)]) == []
+    assert misses(Gates(), [DENSE, row("int8", ms=99, metric=0, size_bytes=9**9)]) == []
 
 
 def test_the_last_stage_is_judged() -> None:
     rows = [DENSE, row("compressed", size_bytes=9000), row("int8", size_bytes=1000)]
-    assert missed(Gates(size_ratio=0.5), rows) == []
+    assert misses(Gates(size_ratio=0.5), rows) == []
 
 
 def test_each_runtime_is_judged_against_its_own_dense_file() -> None:
     rows = [row(ms=1.0), row("int8", ms=0.4), row(runtime="ncnn", ms=10.0)]
     rows.append(row("int8", runtime="ncnn", ms=9.0))
-    (miss,) = missed(Gates(latency_ratio=0.5), rows)
+    (miss,) = misses(Gates(latency_ratio=0.5), rows)
     assert "0.9 on ncnn, at most 0.5" in miss
 
 
 def test_a_metric_that_should_be_small_drops_when_it_grows() -> None:
     rows = [row(metric=1.0), row("int8", metric=1.5)]
-    assert len(missed(Gates(accuracy_drop=0.1), rows, larger_is_better=False)) == 1
-    assert missed(Gates(accuracy_drop=0.1), rows, larger_is_better=True) == []
+    assert len(misses(Gates(accuracy_drop=0.1), rows, larger_is_better=False)) == 1
+    assert misses(Gates(accuracy_drop=0.1), rows, larger_is_better=True) == []
 
 
 @pytest.mark.parametrize("metric", [None, math.nan])
 def test_a_metric_that_is_missing_or_nan_misses_the_gate(metric) -> None:
-    (miss,) = missed(Gates(accuracy_drop=0.1), [DENSE, row("int8", metric=metric)])
+    (miss,) = misses(Gates(accuracy_drop=0.1), [DENSE, row("int8", metric=metric)])
     assert miss.startswith("accuracy_drop")
 
 
@@ -79,4 +84,4 @@ def test_every_gate_is_judged_with_what_was_measured() -> None:
     size, latency = judged(Gates(size_ratio=0.3, latency_ratio=0.1), rows)
     assert (size.gate, size.value, size.limit, size.holds) == ("size_ratio", 0.25, 0.3, True)
     assert (latency.gate, latency.holds) == ("latency_ratio", False)
-    assert missed(Gates(size_ratio=0.3, latency_ratio=0.1), rows) == [str(latency)]
+    assert misses(Gates(size_ratio=0.3, latency_ratio=0.1), rows) == [str(latency)]

@@ -15,7 +15,7 @@ from rows import AGREES, row
 from torch import nn
 
 from slimkit.builtin.backends.reference import Reference
-from slimkit.deploy.gates import missed
+from slimkit.deploy.gates import judged, missed
 from slimkit.deploy.release import is_integer, release
 from slimkit.errors import ExportError
 from slimkit.quantization.calibration import quantize
@@ -159,8 +159,8 @@ def test_the_runtimes_profile_is_kept(tmp_path) -> None:
 
 def test_a_measured_precision_is_not_what_gates_judge() -> None:
     rows = [row(), row("compressed", ms=0.4), row("compressed", ms=0.1, variant="bf16")]
-    assert missed(Gates(latency_ratio=0.3), rows)
-    assert not missed(Gates(latency_ratio=0.4), rows)
+    assert missed(judged(Gates(latency_ratio=0.3), rows))
+    assert not missed(judged(Gates(latency_ratio=0.4), rows))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
